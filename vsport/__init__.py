@@ -1,0 +1,1 @@
+"""vsport: a virtio-serial device outside the VMM, whose ports survive the move."""
