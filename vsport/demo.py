@@ -1,0 +1,269 @@
+"""`vsport demo`: the main job in a minute, as a story with a timeline.
+
+The story is told by a Stage. It does the same on all of them: a guest opens its port, bytes flow both ways, the host leaves and
+returns, the guest closes. Only the guest differs: simulated here, or a real Linux kernel in vsport.lab.demo.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from vsport.connection import Cause, State
+from vsport.errors import HostError
+from vsport.host import Host
+from vsport.loop import Loop
+from vsport.options import parse_configuration
+from vsport.port import Port
+from vsport.sim import Direct, GuestPort, SimulatedGuest
+
+__all__ = ["PORT_NAME", "HostProgram", "SimulatedStage", "Stage", "Timeline", "configure", "run", "simulated", "tell"]
+
+PORT_NAME = "org.vsport.demo.0"
+PATIENCE = 10.0
+"""Seconds that any one step may take."""
+PACE = 0.15
+"""Seconds between two steps, so that somebody can follow them, and the timeline has room."""
+_WIDTH = 60
+
+
+def configure(socket_path: Path) -> tuple[list[str], list[str]]:
+    """The story's --chardev and --device options."""
+    return (
+        [f"socket,id=c0,path={str(socket_path).replace(',', ',,')},server=on,wait=off"],
+        [f"virtserialport,chardev=c0,name={PORT_NAME},id=p0"],
+    )
+
+
+@dataclass(slots=True)
+class Happening:
+    """One thing that happened: seconds since the start, who did it, what it was."""
+
+    at: float
+    who: str
+    what: str
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What happened when, and since when each side was connected."""
+
+    start: float = field(default_factory=time.monotonic)
+    happenings: list[Happening] = field(default_factory=list)
+    changes: list[tuple[float, State]] = field(default_factory=list)
+
+    def note(self, who: str, what: str) -> Happening:
+        happening = Happening(time.monotonic() - self.start, who, what)
+        self.happenings.append(happening)
+        return happening
+
+    def transition(self, port: Port, cause: Cause, before: State) -> None:
+        """For SerialDevice.on_transition."""
+        self.changes.append((time.monotonic() - self.start, port.state))
+
+    def draw(self) -> str:
+        """Two bars over time: the guest's program, and the host's."""
+        end = time.monotonic() - self.start
+        moments = [end * (column + 0.5) / _WIDTH for column in range(_WIDTH)]
+        guest = "".join("█" if self._state_at(moment).guest_connected else "·" for moment in moments)
+        host = "".join("█" if self._state_at(moment).host_connected else "·" for moment in moments)
+        scale = f"0 {'':─<{_WIDTH - 4 - len(f'{end:.2f} s')}}> {end:.2f} s"
+        return f"  guest  {guest}\n  host   {host}\n         {scale}"
+
+    def _state_at(self, moment: float) -> State:
+        return next((state for at, state in reversed(self.changes) if at <= moment), State.B_UNREADY)
+
+
+class Stage(Protocol):
+    """A guest with the story's port, attached to a running device whose chardev listens on ``socket_path``."""
+
+    socket_path: Path
+    timeline: Timeline
+
+    def describe(self) -> str:
+        """What the guest is, in a few words."""
+
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        """Lets time pass until ``condition()``; raises HostError, with ``what``, if that takes too long."""
+
+    def rest(self, seconds: float) -> None:
+        """Lets time pass."""
+
+    def guest_opens(self) -> None: ...
+    def guest_says(self, data: bytes) -> None: ...
+    def guest_heard(self) -> bytes:
+        """Everything that the program in the guest has read so far."""
+
+    def guest_sees_host(self) -> bool:
+        """Whether the program in the guest sees the host connected."""
+
+    def guest_closes(self) -> None: ...
+
+
+class HostProgram:
+    """The program on the host: a plain client of a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.connect(str(path))
+        self._socket.setblocking(False)
+        self._heard = b""
+
+    def says(self, data: bytes) -> None:
+        self._socket.sendall(data)
+
+    def heard(self) -> bytes:
+        """Everything that it has read so far."""
+        try:
+            self._heard += self._socket.recv(65536)
+        except BlockingIOError:
+            pass
+        return self._heard
+
+    def leaves(self) -> None:
+        self._socket.close()
+
+
+class SimulatedStage:
+    """The guest is vsport.sim's, in this process."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self.socket_path = socket_path
+        self.timeline = Timeline()
+        self._loop = Loop()
+        self._host = Host(self._loop, parse_configuration(*configure(socket_path)))
+        self._host.device.on_transition = self.timeline.transition
+        self._guest = SimulatedGuest(Direct(self._host.device))
+        self._guest.on_interrupt = lambda: self._loop.call_soon(self._run_guest)
+        self._heard = b""
+        self._host.open()
+        self._guest.boot()
+
+    def close(self) -> None:
+        self._host.close()
+        self._loop.close()
+
+    def describe(self) -> str:
+        return "a simulated guest (vsport demo --guest uml has a real Linux kernel)"
+
+    @property
+    def _port(self) -> GuestPort:
+        return self._guest.port(PORT_NAME)
+
+    def _run_guest(self) -> None:
+        self._guest.run()
+        try:
+            while self._port.is_open and (data := self._port.read()):
+                self._heard += data
+        except BlockingIOError:
+            pass
+
+    def wait(self, condition: Callable[[], object], what: str) -> None:
+        if not self._loop.run_until(condition, PATIENCE):
+            raise HostError(f"this took longer than {PATIENCE:.0f} seconds: {what}")
+
+    def rest(self, seconds: float) -> None:
+        self._loop.run_until(lambda: False, seconds)
+
+    def guest_opens(self) -> None:
+        self._port.open()
+
+    def guest_says(self, data: bytes) -> None:
+        self._port.write(data)
+
+    def guest_heard(self) -> bytes:
+        return self._heard
+
+    def guest_sees_host(self) -> bool:
+        return self._port.host_connected
+
+    def guest_closes(self) -> None:
+        self._port.close()
+
+
+def tell(stage: Stage, say: Callable[[Happening], None]) -> None:
+    """The story. ``say`` is given each thing as it happens. Raises HostError if something does not happen."""
+
+    def note(who: str, what: str) -> None:
+        say(stage.timeline.note(who, what))
+        stage.rest(PACE)
+
+    def hears(what: str, heard: Callable[[], bytes], words: bytes) -> None:
+        stage.wait(lambda: words in heard(), what)
+
+    stage.guest_opens()
+    note("guest", f"opens {PORT_NAME}; no host program is there yet")
+    host = HostProgram(stage.socket_path)
+    stage.wait(stage.guest_sees_host, "the guest sees the host connect")
+    note("host", "connects to the Unix socket; the guest sees it at once")
+    _talk(stage, host, note, hears, b"first session")
+
+    host.leaves()
+    note("host", "leaves")
+    stage.wait(lambda: not stage.guest_sees_host(), "the guest sees the host leave")
+    note("guest", "sees the end of the session: its port is still open, its host is gone")
+    host = HostProgram(stage.socket_path)
+    stage.wait(stage.guest_sees_host, "the guest sees the host return")
+    note("host", "returns; to the guest that is a new session, on the same open port")
+    _talk(stage, host, note, hears, b"second session")
+
+    stage.guest_says(b"goodbye")
+    stage.guest_closes()
+    hears("the host hears the last words", host.heard, b"goodbye")
+    note("guest", "says goodbye and closes at once; the last words arrive all the same")
+    host.leaves()
+
+
+def _talk(
+    stage: Stage,
+    host: HostProgram,
+    note: Callable[[str, str], None],
+    hears: Callable[[str, Callable[[], bytes], bytes], None],
+    topic: bytes,
+) -> None:
+    question, answer = b"question of the " + topic + b"; ", b"answer of the " + topic + b"; "
+    host.says(question)
+    hears("the guest hears the host", stage.guest_heard, question)
+    note("guest", f"hears {question.decode()!r}")
+    stage.guest_says(answer)
+    hears("the host hears the guest", host.heard, answer)
+    note("host", f"hears {answer.decode()!r}")
+
+
+@contextmanager
+def simulated(socket_path: Path) -> Iterator[Stage]:
+    """The stage without a virtual machine."""
+    stage = SimulatedStage(socket_path)
+    try:
+        yield stage
+    finally:
+        stage.close()
+
+
+def run(set_up: Callable[[Path], AbstractContextManager[Stage]], *, as_json: bool) -> int:
+    """Tells the story on the stage that ``set_up`` makes; returns the exit code. Raises HostError."""
+    with (
+        tempfile.TemporaryDirectory(prefix="vsport-demo-") as directory,
+        set_up(Path(directory, "host.sock")) as stage,
+    ):
+        if not as_json:
+            print(f"\nA port between a host program and {stage.describe()}:\n", flush=True)
+        tell(stage, _say_json if as_json else _say)
+        if not as_json:
+            print(f"\nWho was connected when:\n\n{stage.timeline.draw()}\n")
+    return 0
+
+
+def _say(happening: Happening) -> None:
+    print(f"  {happening.at * 1000:8.1f} ms  {happening.who:<5}  {happening.what}", flush=True)
+
+
+def _say_json(happening: Happening) -> None:
+    print(json.dumps({"seconds": round(happening.at, 6), "who": happening.who, "what": happening.what}), flush=True)

@@ -1,0 +1,78 @@
+"""A device with its ports and their chardevs, on a loop: what `vsport serve` runs, and what programs can run themselves.
+
+    loop = Loop()
+    host = Host(loop, parse_configuration(["socket,id=c0,path=/run/a.sock,server=on"], ["virtserialport,chardev=c0"]))
+    host.open()
+    loop.run()
+"""
+
+from __future__ import annotations
+
+from vsport import chardev
+from vsport.chardev.base import Chardev
+from vsport.device import SerialDevice
+from vsport.errors import UsageError
+from vsport.loop import Loop
+from vsport.options import Configuration, PortOption
+from vsport.port import PortConfig
+from vsport.pump import PortPump
+
+__all__ = ["Host"]
+
+
+class Host:
+    """Makes everything that ``configuration`` names; raises UsageError. Nothing of the machine is touched before open()."""
+
+    def __init__(self, loop: Loop, configuration: Configuration) -> None:
+        self.loop = loop
+        self.configuration = configuration
+        self.device = SerialDevice(max_ports=configuration.max_ports)
+        self.device.on_backlog = self._again_soon
+        self.pumps: dict[int, PortPump] = {}
+        """By port id; a port without a chardev has none."""
+        self.chardevs = {
+            option.id: chardev.make(option.kind, option.id, option.options) for option in configuration.chardevs
+        }
+        for option in sorted(configuration.ports, key=lambda option: option.nr is None):  # chosen numbers first
+            self.plug(option)
+
+    def plug(self, option: PortOption) -> int:
+        """Adds a port, also while a guest runs; returns its id. Raises UsageError. The chardev is not opened here."""
+        if option.nr == 0 and not option.console:
+            raise UsageError("port number 0 is for a console (virtconsole): generic ports start at nr=1")
+        id = self.device.free_port_id(console=option.console) if option.nr is None else option.nr
+        port = self.device.add_port(PortConfig(id, option.name, option.console, option.cols, option.rows))
+        if option.chardev:
+            pump = self.pumps[id] = PortPump(self.loop, port, self.chardevs[option.chardev])
+            self.device.attach(port, pump)
+        return id
+
+    def unplug(self, id: int) -> None:
+        """Removes a port, also while a guest runs; its chardev is closed. Raises UsageError if there is none."""
+        pump = self.pumps.pop(id, None)
+        self.device.remove_port(id)
+        if pump is not None:
+            pump.close()
+
+    def open(self) -> None:
+        """Opens every chardev; raises HostError, and then none is left open."""
+        try:
+            for pump in self.pumps.values():
+                pump.open()
+        except BaseException:
+            self.close()
+            raise
+
+    def missing_peers(self) -> list[Chardev]:
+        """The chardevs that were told to wait for their first peer (wait=on) and have none yet."""
+        return [
+            pump.chardev for pump in self.pumps.values() if pump.chardev.waits_for_peer and not pump.chardev.connected
+        ]
+
+    def close(self) -> None:
+        """Closes every chardev; safe to call twice."""
+        for pump in self.pumps.values():
+            pump.close()
+
+    def _again_soon(self, index: int) -> None:
+        self.loop.call_soon(lambda: self.device.kick(index))

@@ -1,0 +1,275 @@
+"""Between a port's rings and its chardev: says when bytes move; how they move is _ring's business.
+
+Each direction stops on its own when one side has nothing, or no room, and goes on when the loop or a kick says that this
+has changed. A slow host therefore stops its own port's transmit ring and nothing else, and a guest without receive
+buffers leaves the host's bytes in the transport.
+"""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import logging
+import os
+import termios
+import time
+
+from vsport._ring import Status
+from vsport.chardev.base import Chardev
+from vsport.connection import Cause
+from vsport.loop import HUP, RDHUP, READ, WRITE, Loop, Timer
+from vsport.port import Port
+
+__all__ = ["SETTLE_SECONDS", "PortPump"]
+
+log = logging.getLogger("vsport.pump")
+
+SETTLE_SECONDS = 0.02
+"""How long a host stays away at least, as the guest sees it.
+
+Linux wakes a program that sleeps in read() when it hears PORT_OPEN 0, and the program looks at the port when it gets to
+run. A PORT_OPEN 1 that overtakes it would hide the close, and with it the end of the session.
+"""
+
+
+class PortPump:
+    """The back end of a port (port.BackEnd), and the owner of its chardev (chardev.base.ChardevOwner)."""
+
+    def __init__(self, loop: Loop, port: Port, chardev: Chardev) -> None:
+        self.loop = loop
+        self.port = port
+        self.chardev = chardev
+        self._watched: dict[int, int] = {}
+        self._host_is_slow = False
+        self._host_is_deaf = False
+        self._guest_has_buffers = False
+        self._input_ended = False
+        self._left_at = -SETTLE_SECONDS
+        self._settling: Timer | None = None
+
+    def open(self) -> None:
+        """Opens the chardev; raises HostError."""
+        self.chardev.open(self.loop, self)
+
+    def close(self) -> None:
+        """Lets go of the chardev, for good."""
+        self._forget_peer()
+        self.chardev.close()
+
+    # -- what the chardev says ---------------------------------------------------------------------------------------
+
+    def host_connected(self) -> None:
+        """A peer has come. The guest hears of it, but not before it could see that the one before has gone."""
+        patience = self._left_at + SETTLE_SECONDS - time.monotonic()
+        if patience > 0:
+            self._settling = self.loop.call_later(patience, self._settled)
+        else:
+            self._settled()
+
+    def _settled(self) -> None:
+        self._settling = None
+        self._host_is_slow = self._host_is_deaf = self._input_ended = False
+        self.port.feed(Cause.HOST_CONNECT)
+        self._watch()
+
+    def host_disconnected(self) -> None:
+        """The peer has gone; its descriptors are closed already."""
+        self._forget_peer()
+        self._left_at = time.monotonic()
+        self.port.feed(Cause.HOST_DISCONNECT)
+
+    def _forget_peer(self) -> None:
+        if self._settling is not None:
+            self._settling.cancel()
+            self._settling = None
+        for fd in self._watched:
+            self.loop.unwatch(fd)
+        self._watched.clear()
+
+    def _end_session(self, why: str) -> None:
+        log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
+        self._forget_peer()
+        self.chardev.disconnect()
+
+    # -- what the port says (port.BackEnd) -----------------------------------------------------------------------------
+
+    def tx_ready(self) -> None:
+        """The guest has sent something. A host that is full is not asked again until the loop says that it has room."""
+        if self._host_is_deaf:
+            self.port.discard()
+        elif not self._host_is_slow:
+            self._drain()
+
+    def rx_ready(self) -> None:
+        """The guest has given buffers, or may have."""
+        self._guest_has_buffers = True
+        self._watch()
+
+    def guest_connected(self, connected: bool, cause: Cause) -> None:
+        """The guest's end opened or closed: bytes of the host are read, or left in the transport."""
+        self._watch()
+
+    def emergency_write(self, byte: int) -> None:
+        """Best effort, as the name says: one byte to the host, if there is one."""
+        if not self.port.state.host_connected:
+            return
+        try:
+            if self.chardev.write_fd >= 0:
+                os.write(self.chardev.write_fd, bytes([byte]))
+            else:
+                self.chardev.write(memoryview(bytes([byte])))
+        except OSError as exc:
+            log.info("port %d: emergency byte lost: %s", self.port.id, exc)
+
+    # -- guest to host -------------------------------------------------------------------------------------------------
+
+    def _drain(self) -> None:
+        with self.port.blaming(self.port.tx):
+            try:
+                status = self._drain_until_quiet()
+            except OSError as exc:
+                self.port.notify(self.port.tx)
+                self._output_failed(exc)
+                return
+            self.port.notify(self.port.tx)
+            self._drained(status)
+
+    def _output_failed(self, error: OSError) -> None:
+        """The host takes no more. What it said before is still the guest's; the session ends when that is read."""
+        if not self._reading():
+            self._end_session(error.strerror or str(error))
+            return
+        self._host_is_deaf, self._host_is_slow = True, False
+        self.port.discard()
+        self._watch()
+
+    def _reading(self) -> bool:
+        """Whether bytes of the host are for a guest that is there."""
+        return self.chardev.read_fd >= 0 and self.port.state.guest_connected and not self._input_ended
+
+    def _drain_until_quiet(self) -> Status:
+        """Drains with kicks off; after the last chain asks for kicks, and looks once more (R-RING-18)."""
+        tx = self.port.tx
+        tx.kicks_off()
+        status = self._drain_once()
+        if status is Status.EMPTY and tx.kicks_on():
+            status = Status.MORE
+        return status
+
+    def _drain_once(self) -> Status:
+        chardev, tx = self.chardev, self.port.tx
+        if chardev.write_fd >= 0:
+            return tx.drain(chardev.write_fd, log_fd=chardev.log_fd)
+        return tx.drain_into(chardev.write)
+
+    def _drained(self, status: Status) -> None:
+        if status is Status.MORE:
+            self.port.links.backlog(self.port.tx.index)
+        elif status is Status.BLOCKED and self.port.console:
+            self.port.discard()  # the sender spins with a lock held until its bytes are taken (R-CON-45)
+        elif self._host_is_slow != (status is Status.BLOCKED):
+            self._host_is_slow = status is Status.BLOCKED
+            self._watch()
+
+    # -- host to guest -------------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        with self.port.blaming(self.port.rx):
+            try:
+                status = self._fill_until_quiet()
+            except OSError as exc:
+                self.port.notify(self.port.rx)
+                self._end_session(exc.strerror or str(exc))
+                return
+            self.port.notify(self.port.rx)
+            self._filled(status)
+
+    def _fill_until_quiet(self) -> Status:
+        """Fills; without buffers asks for a kick, and looks once more. While there are buffers no kick is needed."""
+        rx = self.port.rx
+        status = rx.fill(self.chardev.read_fd)
+        if status is Status.EMPTY and rx.kicks_on():
+            status = Status.MORE
+        elif status is Status.BLOCKED:
+            rx.kicks_off()
+        return status
+
+    def _filled(self, status: Status) -> None:
+        if status is Status.EOF:
+            self._input_over()
+        elif status in {Status.EMPTY, Status.STOPPED}:
+            self._guest_has_buffers = False
+            self._watch()
+
+    def _input_over(self) -> None:
+        if self.chardev.eof_ends_session:
+            self._end_session("left")
+        else:
+            self._input_ended = True
+            self._watch()
+
+    # -- what the loop is asked for ----------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Brings what the loop watches in line with what either direction waits for."""
+        if not self.port.state.host_connected:
+            return
+        wanted = self._wanted()
+        for fd in self._watched.keys() - wanted.keys():
+            self.loop.unwatch(fd)
+            del self._watched[fd]
+        for fd, events in wanted.items():
+            if self._watched.get(fd) != events:
+                self._watched[fd] = events
+                self._watch_fd(fd, events)
+
+    def _wanted(self) -> dict[int, int]:
+        """Events by descriptor. A guest that is away is no reason to miss that the host leaves, so RDHUP is always on.
+
+        But while the guest has the port open and no buffers, what the host said last is still to be read: then the hang-up,
+        which epoll cannot be asked to keep to itself, is left alone by not watching at all.
+        """
+        wanted: dict[int, int] = {}
+        reading, read_fd, write_fd = self._reading(), self.chardev.read_fd, self.chardev.write_fd
+        if write_fd >= 0 and (write_fd != read_fd or self._host_is_slow):
+            wanted[write_fd] = WRITE if self._host_is_slow else 0
+        if read_fd >= 0 and not self._input_ended and (not reading or self._guest_has_buffers):
+            wanted[read_fd] = wanted.get(read_fd, 0) | RDHUP | (READ if reading else 0)
+        return wanted
+
+    def _watch_fd(self, fd: int, events: int) -> None:
+        try:
+            self.loop.watch(fd, events, lambda ready: self._on_ready(fd, ready))
+        except PermissionError:  # a regular file: always ready, so epoll does not wait for it
+            self.loop.call_soon(lambda: self._on_always_ready(fd, events))
+
+    def _on_always_ready(self, fd: int, events: int) -> None:
+        if self._watched.get(fd) != events:
+            return  # asked for something else since
+        self._on_ready(fd, events & (READ | WRITE))
+        if events & READ:
+            self.loop.call_soon(lambda: self._on_always_ready(fd, events))
+
+    def _on_ready(self, fd: int, ready: int) -> None:
+        if fd == self.chardev.write_fd and ready & (WRITE | HUP) and not self._host_is_deaf:
+            self._drain()
+        if fd == self.chardev.write_fd and ready & HUP and fd != self.chardev.read_fd:
+            self._end_session("left")
+        elif fd == self.chardev.read_fd and ready & (READ | RDHUP | HUP):
+            self._on_input(ready)
+
+    def _on_input(self, ready: int) -> None:
+        if self._reading():
+            self._fill()
+        elif ready & (RDHUP | HUP):
+            self._drop_unread()
+            self._input_over()
+
+    def _drop_unread(self) -> None:
+        """A host that left before the guest opened: its session is over, and what it said in it goes with it."""
+        unread = array.array("i", [0])
+        try:
+            fcntl.ioctl(self.chardev.read_fd, termios.FIONREAD, unread)
+        except OSError:
+            return
+        self.port.counters.host_bytes_dropped += unread[0]
