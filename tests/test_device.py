@@ -135,15 +135,21 @@ def test_a_guest_learns_of_every_port(profile, features):
     device, guest = make(*configs, profile=profile, features=features)
     connect(device, 3)
     guest.run()
-    if profile is HOSTILE:
-        # Its control buffers hold a header and little more: names do not fit, and nothing is stuck because of it.
-        assert sorted(guest.ports) == [0, 1, 3]
-        assert device.refused > 0
-        return
     assert {port.id: port.name for port in guest.ports.values()} == {0: None, 1: "a.0", 3: "b.0"}
     assert guest.ports[0].console
     assert guest.ports[0].size == (100, 30)
     assert [port.host_connected for port in guest.ports.values()] == [False, False, True]
+    assert device.waiting_messages == 0
+    assert (device.refused > 0) is (profile is HOSTILE)
+
+
+def test_a_name_that_fits_no_control_buffer_waits_and_hurts_nobody_else():
+    """R-CON-29: never cut short. The guest that offers such buffers has itself to blame, and only itself."""
+    device, guest = make(PortConfig(1, "n" * 100), PortConfig(2, "b.0"), profile=HOSTILE)
+    assert sorted(guest.ports) == [1, 2]
+    assert guest.ports[1].name is None
+    assert device.waiting_messages > 0
+    guest.reset()
     assert device.waiting_messages == 0
 
 

@@ -29,7 +29,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 def description() -> str:
     """What has to stand in e.g. /etc/qemu/vhost-user/50-vsport-console.json (R-VU-102). Raises HostError."""
-    beside = Path(sys.argv[0]).absolute().with_name(PROGRAM)
+    beside = Path(sys.executable).with_name(PROGRAM)  # where the environment's scripts are
     program = str(beside) if beside.exists() else shutil.which(PROGRAM)
     if program is None:
         raise HostError(f"the program {PROGRAM} is not installed: pip install vsport")
@@ -41,6 +41,8 @@ def serve(arguments: argparse.Namespace) -> int:
     """Runs until a signal says stop; returns the exit code. Raises UsageError, HostError."""
     if (arguments.socket_path is None) == (arguments.fd is None):
         raise UsageError("give either --socket-path PATH or --fd N: where is the VMM?")
+    if arguments.socket_path == "":
+        raise UsageError("--socket-path is empty")
     logging.basicConfig(level=arguments.log_level.upper(), format="vsport: %(message)s", stream=sys.stderr)
     configuration = parse_configuration(arguments.chardev, arguments.device)
     loop = Loop()
@@ -75,7 +77,8 @@ class _Daemon:
         return self.exit_code or 0
 
     def _stop(self, exit_code: int) -> None:
-        self.exit_code = exit_code
+        if self.exit_code is None:  # what comes first decides
+            self.exit_code = exit_code
         self.loop.stop()
 
     def _front_end_left(self) -> None:

@@ -56,7 +56,7 @@ LINUX = Profile("linux")
 HOSTILE = Profile(
     "hostile",
     buffer_size=96,
-    control_buffer_size=13,
+    control_buffer_size=24,
     write_max=1000,
     piece=7,
     ready_late=True,

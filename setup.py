@@ -1,0 +1,46 @@
+"""Builds the one extension module; everything else about the package is in pyproject.toml.
+
+VSPORT_DEBUG=1     no optimisation, line tracing for coverage, an annotated ``vsport/_ring.html``
+VSPORT_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer, for ``tests/fuzz.py``
+"""
+
+from __future__ import annotations
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("VSPORT_DEBUG") == "1"
+SANITIZE = os.environ.get("VSPORT_SANITIZE") == "1"
+
+FLAGS = ["-std=gnu11", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g"]
+
+ring = Extension(
+    "vsport._ring",
+    ["vsport/_ring.pyx"],
+    depends=["vsport/_atomics.h", "vsport/_ring.pxd", "vsport/_sigbus.h"],
+    include_dirs=["vsport"],
+    define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
+    extra_compile_args=FLAGS + (["-O0", "-g"] if DEBUG else ["-O2"]) + (SANITIZERS if SANITIZE else []),
+    extra_link_args=SANITIZERS if SANITIZE else [],
+)
+
+setup(
+    ext_modules=cythonize(
+        [ring],
+        annotate=DEBUG,
+        force=DEBUG,
+        compiler_directives={
+            "language_level": 3,
+            "auto_pickle": False,
+            "autotestdict": False,
+            "boundscheck": False,
+            "cdivision": True,
+            "initializedcheck": False,
+            "wraparound": False,
+            "linetrace": DEBUG,
+        },
+    )
+)

@@ -1,0 +1,213 @@
+"""Malformed input in bulk: ``python tests/fuzz.py --count 1000000 --seed 1 [--what ring]``.
+
+Made to run under sanitizers (``make fuzz``): each input is cheap, built from plausible parts of which some are wrong, and
+compared with what the rules say. Ends at the first failure, with the seed that repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+
+from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawRing
+from ring_oracle import Broken, Oracle, Piece
+
+from vsport._ring import Status
+from vsport.errors import GuestError
+
+# -- rings -------------------------------------------------------------------------------------------------------------
+
+TABLE = 0x1000
+"""Where indirect tables lie in the data area; two of them fill a page."""
+RINGS = {size: RawRing(size, start=False) for size in (1, 2, 4, 8, 16)}
+HOST = os.memfd_create("host")
+BYTES = bytes(range(1, 256)) * 600
+
+
+def address(random: random.Random, ring: RawRing) -> int:
+    """Mostly where there is memory; often at its edges."""
+    base = random.choice(
+        (
+            ring.data,
+            ring.data + 0x2000,
+            ring.data + 0x4000,
+            ring.data + HALF - random.randrange(32),
+            ring.end - random.randrange(64),
+            ring.data + TABLE + 16 * random.randrange(16),
+            TOP,
+            (1 << 64) - 1 - random.randrange(32),
+            random.choice((0, ring.avail, ring.used, 1 << 40, 1 << 63)),
+        )
+    )
+    return min(base + random.choice((0, 0, 1, 7, 256)), (1 << 64) - 1)
+
+
+def length(random: random.Random) -> int:
+    return random.choice((0, 1, 2, 15, 16, 16, 32, 48, 64, 128, 1000, 5000, 0x7FFFFFFF, 0xFFFFFFFF))
+
+
+def descriptors(random: random.Random, ring: RawRing, count: int, size: int) -> bytes:
+    """``count`` descriptors for a table of ``size``, most of which lead to the next one."""
+    table = bytearray()
+    for i in range(count):
+        flags = random.choice((0, 0, 0, NEXT, NEXT, NEXT, WRITE, WRITE, WRITE | NEXT, WRITE | NEXT, INDIRECT, 0))
+        following = random.choice((i + 1, i + 1, i + 1, i + 1, random.randrange(size), random.randrange(0x10000)))
+        if flags & INDIRECT:
+            place = ring.data + TABLE + random.choice((0, 0, 256, 8))
+            table += DESC.pack(place, random.choice((16, 32, 48, 64, 17, 0)), flags | random.choice((0, 0, 1, 2)), 0)
+        else:
+            table += DESC.pack(address(random, ring), length(random), flags, following & 0xFFFF)
+    return bytes(table)
+
+
+def make_ring(random: random.Random) -> tuple[RawRing, bool]:
+    """One of the rings, filled anew, and whether indirect descriptors are negotiated."""
+    ring = RINGS[random.choice((1, 2, 4, 8, 16))]
+    size = ring.size
+    ring.memory.write(0, descriptors(random, ring, size, size))
+    for table in (0, 256):
+        ring.memory.write(ring.data + TABLE + table, descriptors(random, ring, 16, random.choice((1, 2, 4, 16))))
+    ring.memory.write(ring.data, BYTES[:512])
+    ring.base = ring.avail_idx = random.choice((0, 1, 0x7FFF, 0xFFFF))
+    heads = list(range(size))
+    random.shuffle(heads)
+    if random.random() < 0.2:
+        heads[random.randrange(size)] = random.choice((0, size, 0xFFFF))
+    ring.offer(*heads[: random.randint(0, size)])
+    if random.random() < 0.03:
+        ring.write16(ring.avail + 2, random.randrange(0x10000))
+    indirect = random.random() < 0.9
+    ring.write16(ring.used + 2, ring.base)
+    ring.start(indirect=indirect, event_idx=random.random() < 0.5)
+    return ring, indirect
+
+
+def expected(oracle: Oracle, *, writable: bool) -> tuple[list[tuple[int, list[Piece]]], str]:
+    """The chains before the first broken one, and the rule that that one breaks."""
+    chains: list[tuple[int, list[Piece]]] = []
+    try:
+        for chain in oracle.chains(writable=writable):
+            chains.append(chain)
+    except Broken as exc:
+        return chains, exc.rule
+    return chains, ""
+
+
+def rule_of(call: Callable[[], object]) -> str:
+    """The rule that the call says was broken, or nothing."""
+    try:
+        call()
+    except GuestError as exc:
+        return exc.rule
+    return ""
+
+
+def drain_to_file(ring: RawRing, indirect: bool) -> None:
+    """Every byte before the first fault arrives, and no other."""
+    oracle = Oracle(ring, indirect=indirect)
+    chains, rule = expected(oracle, writable=False)
+    os.ftruncate(HOST, 0)
+    os.lseek(HOST, 0, os.SEEK_SET)
+    assert rule_of(lambda: ring.queue.drain(HOST, budget=1 << 24)) == rule
+    data = b"".join(oracle.read(gpa, size) for _, pieces in chains for gpa, size in pieces)
+    assert os.pread(HOST, len(data) + 1, 0) == data
+    assert ring.used_elements() == [(head, 0) for head, _ in chains]
+
+
+def discard(ring: RawRing, indirect: bool) -> None:
+    chains, rule = expected(Oracle(ring, indirect=indirect), writable=False)
+    before = ring.queue.bytes_discarded
+    assert rule_of(ring.queue.discard) == rule
+    assert ring.queue.bytes_discarded - before == sum(size for _, pieces in chains for _, size in pieces)
+    assert ring.used_elements() == [(head, 0) for head, _ in chains]
+
+
+def fill_from(ring: RawRing, indirect: bool) -> None:
+    """Bytes go into the offered pieces, in order, and nowhere else."""
+    oracle = Oracle(ring, indirect=indirect)
+    chains, rule = expected(oracle, writable=True)
+    if any(gpa < ring.data + 0x2000 for _, pieces in chains for gpa, _ in pieces):
+        return anything(ring, indirect)  # the driver has its own ring overwritten
+    image = bytearray(oracle.low + oracle.top)
+    used, done = [], 0
+    for head, pieces in chains:
+        start = done
+        for gpa, size in pieces:
+            place = gpa if gpa < TOP else gpa - TOP + len(oracle.low)
+            image[place : place + size] = BYTES[done : done + size]
+            done += size
+        used.append((head, done - start))
+    assert done <= len(BYTES)
+    assert rule_of(lambda: ring.queue.fill_from(BYTES)) == rule
+    assert ring.used_elements() == used
+    after = b"".join(ring.buffers)
+    assert after[: ring.used] == image[: ring.used]
+    assert after[ring.data :] == image[ring.data :]
+    return None
+
+
+def anything(ring: RawRing, indirect: bool) -> None:
+    """Every operation, on whatever the ones before left: a GuestError at most, and the end is reached."""
+    queue = ring.queue
+    with open("/dev/zero", "rb", buffering=0) as zeros:
+        for call in (
+            lambda: queue.pop(16),
+            lambda: queue.drain_into(lambda view: len(bytes(view[:5])), budget=20),
+            queue.return_partial,
+            lambda: queue.push(b"12345678"),
+            lambda: queue.fill(zeros.fileno(), budget=300),
+            queue.pending,
+            queue.kicks_on,
+            queue.notify,
+            lambda: queue.drain_into(len),
+        ):
+            rule_of(call)
+    assert queue.running or queue.drain_into(len) is Status.STOPPED
+
+
+def ring(random: random.Random) -> None:
+    """One malformed ring, and one thing that is done with it."""
+    made, indirect = make_ring(random)
+    random.choice((drain_to_file, discard, fill_from, anything))(made, indirect)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+GENERATORS: dict[str, Callable[[random.Random], None]] = {"ring": ring}
+"""Each makes one input from the given source of chance, feeds it, and raises if the outcome is wrong."""
+
+
+def run(what: str, count: int, seed: int) -> None:
+    """``count`` inputs, each with its own seed, so that the one that failed can be repeated alone."""
+    generate = GENERATORS[what]
+    chance = random.Random()
+    began = told = time.monotonic()
+    for i in range(count):
+        chance.seed(seed + i)
+        try:
+            generate(chance)
+        except BaseException:
+            print(f"\n{what}: failed; repeat with --what {what} --count 1 --seed {seed + i}", file=sys.stderr)
+            raise
+        if time.monotonic() - told > 1:
+            told = time.monotonic()
+            print(f"\r{what}: {i + 1} of {count}, {(i + 1) / (told - began):.0f} a second ", end="", file=sys.stderr)
+    print(f"\r{what}: {count} inputs from seed {seed} on, no failure, {time.monotonic() - began:.1f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=100_000, help="inputs of each kind")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--what", choices=GENERATORS, help="one kind only")
+    options = parser.parse_args()
+    for what in [options.what] if options.what else GENERATORS:
+        run(what, options.count, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""A split ring written by hand, in which every field can be wrong; for tests and for fuzz.py."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+from vsport._ring import DeviceQueue, Memory, Region
+
+NEXT = 1
+WRITE = 2
+INDIRECT = 4
+
+DESC = struct.Struct("<QIHH")
+USED = struct.Struct("<II")
+U16 = struct.Struct("<H")
+
+FRONT_END = 0x7F00_0000_0000
+"""What the front end calls guest-physical address 0."""
+HALF = 0x8000
+"""The data area is two regions of this size, which are adjacent for the guest and far apart on the host."""
+TOP = (1 << 64) - 0x1000
+"""A third region ends where the address space ends."""
+
+Descriptor = tuple[int, int, int, int]
+"""(addr, len, flags, next)"""
+
+
+def page_up(size: int) -> int:
+    return (size + 4095) & ~4095
+
+
+class RawRing:
+    """Guest memory with one ring and room for data, and the device queue that works on it."""
+
+    def __init__(
+        self, size: int = 8, *, event_idx: bool = False, indirect: bool = True, base: int = 0, start: bool = True
+    ) -> None:
+        self.size = size
+        self.avail = 16 * size
+        self.used = (self.avail + 6 + 2 * size + 3) & ~3
+        self.data = page_up(self.used + 6 + 8 * size)
+        self.end = self.data + 2 * HALF
+        self.buffers = [bytearray(self.data + HALF), bytearray(HALF), bytearray(0x1000)]
+        self.memory = Memory(
+            [
+                Region(0, self.data + HALF, FRONT_END, self.buffers[0], 0),
+                Region(self.data + HALF, HALF, FRONT_END + (1 << 30), self.buffers[1], 0),
+                Region(TOP, 0x1000, FRONT_END + (2 << 30), self.buffers[2], 0),
+            ]
+        )
+        self.base = self.avail_idx = base
+        self.write16(self.avail + 2, base)
+        self.write16(self.used + 2, base)
+        self.queue = DeviceQueue(5)
+        if start:
+            self.start(event_idx=event_idx, indirect=indirect)
+
+    def start(self, *, event_idx: bool = False, indirect: bool = True, reset: bool = True) -> None:
+        self.queue.start(
+            self.memory,
+            self.size,
+            FRONT_END,
+            FRONT_END + self.avail,
+            FRONT_END + self.used,
+            base=self.base,
+            event_idx=event_idx,
+            indirect=indirect,
+            reset=reset,
+        )
+
+    def write16(self, gpa: int, value: int) -> None:
+        self.memory.write(gpa, U16.pack(value & 0xFFFF))
+
+    def read16(self, gpa: int) -> int:
+        return int(U16.unpack(self.memory.read(gpa, 2))[0])
+
+    def put(self, index: int, addr: int, length: int, flags: int = 0, next: int = 0) -> None:
+        """Writes a descriptor of the ring's table."""
+        self.memory.write(16 * index, DESC.pack(addr, length, flags, next))
+
+    def put_table(self, gpa: int, entries: Iterable[Descriptor]) -> int:
+        """Writes an indirect table; returns its length in bytes."""
+        table = b"".join(DESC.pack(*entry) for entry in entries)
+        self.memory.write(gpa, table)
+        return len(table)
+
+    def put_pieces(self, gpa: int, addr: int, sizes: Iterable[int], flags: int = 0) -> int:
+        """Writes an indirect table of consecutive buffers from ``addr`` on; returns its length in bytes."""
+        entries: list[Descriptor] = []
+        for size in sizes:
+            entries.append((addr, size, flags | NEXT, len(entries) + 1))
+            addr += size
+        last = entries.pop()
+        entries.append((last[0], last[1], last[2] & ~NEXT, 0))
+        return self.put_table(gpa, entries)
+
+    def offer(self, *heads: int) -> None:
+        """Publishes chains."""
+        for head in heads:
+            self.write16(self.avail + 4 + 2 * (self.avail_idx % self.size), head)
+            self.avail_idx = (self.avail_idx + 1) & 0xFFFF
+        self.write16(self.avail + 2, self.avail_idx)
+
+    def used_elements(self) -> list[tuple[int, int]]:
+        """What the device returned since the base, as (id, len)."""
+        count = (self.read16(self.used + 2) - self.base) & 0xFFFF
+        return [
+            USED.unpack(self.memory.read(self.used + 4 + 8 * ((self.base + i) % self.size), 8)) for i in range(count)
+        ]
+
+    def set_used_event(self, index: int) -> None:
+        self.write16(self.avail + 4 + 2 * self.size, index)
+
+    def avail_event(self) -> int:
+        return self.read16(self.used + 4 + 8 * self.size)
+
+    def image(self) -> bytes:
+        """All of guest memory except for the used ring, which is the device's own."""
+        low = bytes(self.buffers[0])
+        return low[: self.used] + low[self.data :] + bytes(self.buffers[1]) + bytes(self.buffers[2])

@@ -1,0 +1,330 @@
+"""One contract (vsport/chardev/base.py) for every kind of chardev, on real sockets, terminals, FIFOs and files."""
+
+from __future__ import annotations
+
+import fcntl
+import inspect
+import os
+import stat
+from collections.abc import Callable, Iterator
+
+import pytest
+from chardev_peers import HOSTS, Host, Rig
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsport.chardev import KINDS, inotify, make
+from vsport.chardev.base import AlwaysConnected
+from vsport.errors import HostError, UsageError
+from vsport.loop import WRITE
+
+BULK = os.urandom(300_000)
+
+
+@pytest.fixture(params=HOSTS)
+def host_class(request: pytest.FixtureRequest) -> type[Host]:
+    return HOSTS[request.param]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milliseconds in the place of the seconds that a chardev waits before it tries or looks again."""
+    monkeypatch.setattr(AlwaysConnected, "retry_seconds", 0.01)
+    monkeypatch.setattr(inotify, "POLL_SECONDS", 0.01)
+
+
+@pytest.fixture
+def rig(host_class: type[Host], monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    if host_class.polled:
+        monkeypatch.setattr(inotify, "_watch_opens", lambda path: -1)
+    with Rig(host_class) as rig:
+        yield rig
+
+
+def where(condition: Callable[[type[Host]], bool]) -> pytest.MarkDecorator:
+    """Runs a test on those hosts only in whose nature it is."""
+    names = [name for name, host in HOSTS.items() if condition(host)]
+    return pytest.mark.parametrize("host_class", [HOSTS[name] for name in names], ids=names)
+
+
+def test_every_kind_is_in_the_suite() -> None:
+    assert {host.kind for host in HOSTS.values()} == set(KINDS)
+
+
+# -- connection ----------------------------------------------------------------------------------------------------
+
+
+@where(lambda host: host.leaves and host.returns)
+def test_is_not_connected_without_a_peer(rig: Rig) -> None:
+    rig.open()
+    rig.wire.settle()
+    assert rig.wire.events == []
+    assert not rig.wire.chardev.connected
+
+
+@where(lambda host: host.leaves)
+def test_connects_and_disconnects_in_turns(rig: Rig) -> None:
+    rig.open()
+    times = 10 if rig.host.returns else 1
+    for _ in range(times):
+        rig.connect()
+        rig.leave()
+        rig.wire.settle()
+    assert rig.wire.events == ["connected", "disconnected"] * times
+
+
+@where(lambda host: host.leaves)
+def test_notices_that_the_peer_left_though_nobody_reads(rig: Rig) -> None:
+    rig.wire.reads = False
+    rig.start()
+    rig.host.send(b"unread")
+    rig.leave()
+    assert rig.wire.events == ["connected", "disconnected"]
+
+
+@where(lambda host: issubclass(KINDS[host.kind], AlwaysConnected))
+def test_an_always_connected_kind_is_connected_by_open(rig: Rig) -> None:
+    rig.open()
+    assert rig.wire.events == ["connected"]
+
+
+def test_disconnect_ends_the_session_and_the_next_one_comes(rig: Rig) -> None:
+    rig.start()
+    wire = rig.wire
+    wire.chardev.disconnect()
+    assert wire.events == ["connected", "disconnected"]
+    wire.chardev.disconnect()  # it is over already
+    assert wire.events == ["connected", "disconnected"]
+    if rig.host.leaves and rig.host.returns:
+        if rig.host.sees_the_end:
+            assert rig.host.hear(wire, 1) == b""
+        rig.host.leave()
+        rig.connect()
+    else:
+        wire.until(lambda: wire.chardev.connected)
+    assert wire.events[-1] == "connected"
+    assert wire.events.count("connected") - wire.events.count("disconnected") == 1
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+@where(lambda host: host.hears)
+def test_bytes_from_the_guest_arrive_equal(rig: Rig) -> None:
+    rig.start()
+    heard = bytearray()
+    rig.wire.send(BULK, meanwhile=lambda: heard.extend(rig.host.receive() or b""))
+    heard += rig.host.hear(rig.wire, len(BULK) - len(heard))
+    assert bytes(heard) == BULK
+
+
+@where(lambda host: host.sends)
+def test_bytes_to_the_guest_arrive_equal(rig: Rig) -> None:
+    if rig.host.leaves:
+        rig.start()
+    rest = BULK
+
+    def all_sent() -> bool:
+        nonlocal rest
+        rest = rest[rig.host.send(rest) :]
+        return not rest
+
+    rig.wire.until(all_sent)
+    if not rig.host.leaves:  # a file's content is there before
+        rig.open()
+    rig.wire.until(lambda: len(rig.wire.received) == len(BULK))
+    assert bytes(rig.wire.received) == BULK
+
+
+@where(lambda host: host.slow)
+def test_a_slow_host_holds_the_guest_up_and_loses_nothing(rig: Rig) -> None:
+    rig.start()
+    sent = bytearray()
+    room = [WRITE]
+    rig.loop.watch(rig.wire.chardev.write_fd, WRITE, room.append)
+    while room:
+        while count := rig.wire.offer(BULK[len(sent) % 1000 :]):
+            sent += BULK[len(sent) % 1000 :][:count]
+            assert len(sent) < 64 << 20, "endless room"
+        room.clear()  # write() said so; a terminal makes some by itself, as its bytes move on to the reader
+        rig.loop.run_until(lambda: room, 0.05)
+    assert rig.host.hear(rig.wire, len(sent)) == sent
+    rig.wire.until(lambda: room)
+    rig.wire.send(b"more")
+    assert rig.host.hear(rig.wire, 4) == b"more"
+
+
+@where(lambda host: host.leaves and KINDS[host.kind].eof_ends_session)
+def test_what_the_host_said_before_it_left_is_read(rig: Rig) -> None:
+    rig.start()
+    rig.host.send(b"last words")
+    rig.leave()
+    assert rig.wire.received == b"last words"
+
+
+@where(lambda host: host.leaves and host.returns)
+def test_no_byte_of_one_session_reaches_the_next(rig: Rig) -> None:
+    rig.wire.reads = False
+    rig.start()
+    rig.host.send(b"to the guest of old")
+    rig.wire.send(b"to the host of old")
+    rig.leave()
+    rig.wire.reads = True
+    rig.connect()
+    rig.host.send(b"NEW")
+    rig.wire.until(lambda: len(rig.wire.received) >= 3)
+    assert rig.wire.received == b"NEW"
+    rig.wire.send(b"new")
+    assert rig.host.hear(rig.wire, 3) == b"new"
+
+
+def test_the_log_gets_a_copy(host_class: type[Host]) -> None:
+    with Rig(host_class) as outer:
+        path = outer.directory / "log"
+        path.write_bytes(b"old ")
+        for logappend, expected in (("on", b"old hello"), ("off", b"hello")):
+            with Rig(host_class, logfile=str(path), logappend=logappend) as rig:
+                rig.start()
+                rig.wire.send(b"hello")
+                rig.wire.chardev.close()
+            assert path.read_bytes() == expected
+
+
+# -- descriptors and files -----------------------------------------------------------------------------------------
+
+
+def test_descriptors_neither_block_nor_reach_children(rig: Rig) -> None:
+    rig.start()
+    for fd in {rig.wire.chardev.read_fd, rig.wire.chardev.write_fd} - {-1}:
+        assert not os.get_inheritable(fd)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            assert fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK
+
+
+def test_making_one_touches_nothing(rig: Rig) -> None:
+    before = sorted(os.listdir(rig.directory))
+    make(rig.host.kind, "c1", {**rig.host.options(), "logfile": str(rig.directory / "log")})
+    assert sorted(os.listdir(rig.directory)) == before
+
+
+def test_close_leaves_nothing_and_tells_nobody(rig: Rig) -> None:
+    rig.start()
+    rig.wire.chardev.close()
+    rig.wire.chardev.close()
+    assert not rig.wire.chardev.connected
+    assert rig.wire.events == ["connected"]
+    rig.host.close()
+    rig.wire.settle()
+    assert set(os.listdir(rig.directory)) <= {"in", "out", "p.in", "p.out"}  # the user's own files
+
+
+@pytest.mark.parametrize("event", ["connected", "disconnected"])
+def test_may_be_closed_from_within_a_notification(rig: Rig, event: str) -> None:
+    wire = rig.wire
+    wire.then = lambda told: wire.chardev.close() if told == event else None
+    rig.open()
+    rig.host.connect()
+    wire.until(lambda: wire.events)
+    wire.chardev.disconnect()
+    wire.settle()
+    assert wire.events == ["connected", "disconnected"][: 1 + (event == "disconnected")]
+    assert not wire.chardev.connected
+
+
+def test_opens_after_it_failed_to_open(host_class: type[Host]) -> None:
+    with Rig(host_class) as outer, Rig(host_class, logfile=str(outer.directory / "missing" / "log")) as rig:
+        with pytest.raises(HostError, match=r"cannot open log file .*/missing/log: No such file or directory"):
+            rig.open()
+        (outer.directory / "missing").mkdir()
+        rig.start()
+        assert rig.wire.events == ["connected"]
+
+
+def test_opens_again_after_close(rig: Rig) -> None:
+    rig.open()
+    rig.wire.chardev.close()
+    rig.wire.events.clear()
+    rig.start()
+    assert rig.wire.events == ["connected"]
+
+
+# -- options -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_of_options_is_the_constructor(kind: str) -> None:
+    parameters = inspect.signature(KINDS[kind].__init__).parameters
+    taken = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY and name != "log"}
+    table = {name: o for name, o in KINDS[kind].OPTIONS.items() if name not in ("logfile", "logappend")}
+    assert set(taken) == {name.replace("-", "_") for name in table}
+    for name, option in table.items():
+        default = taken[name.replace("-", "_")].default
+        assert default == (inspect.Parameter.empty if option.required else option.default)
+        assert option.help
+        assert option.placeholder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_unknown_option_is_named_with_those_that_exist(kind: str) -> None:
+    with pytest.raises(UsageError) as error:
+        make(kind, "c0", {"pth": "/x"})
+    line = str(error.value)
+    assert line.startswith("chardev c0: unknown option 'pth'; known: ")
+    assert all(name in line for name in KINDS[kind].OPTIONS)
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "line"),
+    [
+        ("sokcet", {}, "unknown kind 'sokcet'; known: socket, pty, file, pipe, stdio, ringbuf, null"),
+        ("file", {}, "needs path="),
+        ("pipe", {}, "needs path="),
+        ("file", {"path": "x", "append": "yes"}, "append='yes': must be on or off"),
+        ("file", {"path": ""}, "path='': must be a non-empty text"),
+        ("file", {"path": "a\0b"}, "must be a non-empty text"),
+        ("ringbuf", {"size": "1x"}, "size='1x': must be a number of bytes, such as 65536 or 64K"),
+        ("ringbuf", {"size": "3K"}, "size=3072: must be a power of two"),
+        ("ringbuf", {"size": "0"}, "must be a power of two"),
+        ("ringbuf", {"size": "2G"}, "at most 1G"),
+        ("null", {"logappend": "on"}, "logappend=on needs logfile="),
+        ("socket", {}, r"needs path= \(Unix\) or port= \(TCP\)"),
+        ("socket", {"path": "x", "port": "1"}, "port= is for TCP"),
+        ("socket", {"path": "x" * 108}, "longer than 107 bytes"),
+        ("socket", {"path": "x", "nodelay": "on"}, "nodelay= is for TCP"),
+        ("socket", {"path": "x", "wait": "off"}, "wait= is for a server"),
+        ("socket", {"path": "x", "server": "on", "reconnect-ms": "9"}, "reconnect-ms= is for a client"),
+        ("socket", {"path": "x", "reconnect": "1", "reconnect-ms": "9"}, "give one of them"),
+        ("socket", {"path": "x", "reconnect": "99999999"}, "at most one day"),
+        ("socket", {"port": "1"}, "a client needs host="),
+        ("socket", {"host": "h", "port": "70000"}, "at most 65535"),
+        ("socket", {"host": "h", "port": "-1"}, "port='-1': must be a number, 0 or more"),
+        ("socket", {"port": "5", "to": "4", "server": "on"}, "to=4 is below port=5"),
+        ("socket", {"port": "5", "host": "h", "to": "9"}, "to= is for a server"),
+        ("socket", {"port": "5", "server": "on", "abstract": "on"}, "abstract= is for a Unix socket"),
+        ("socket", {"port": "5", "server": "on", "ipv4": "off", "ipv6": "off"}, "leaves no address"),
+    ],
+)
+def test_nonsense_gets_one_clear_line(kind: str, options: dict[str, str], line: str) -> None:
+    with pytest.raises(UsageError, match=line) as error:
+        make(kind, "c0", options)
+    assert str(error.value).startswith("chardev c0: ")
+    assert "\n" not in str(error.value)
+
+
+@st.composite
+def option_lists(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
+    kind = draw(st.sampled_from([*KINDS, "other"]))
+    names = st.sampled_from([*KINDS[kind].OPTIONS, "bogus"]) if kind in KINDS else st.text()
+    values = st.one_of(st.text(), st.sampled_from(["on", "off", "0", "1", "65535", "64K", "s", "localhost"]))
+    return kind, draw(st.dictionaries(names, values, max_size=5))
+
+
+@given(option_lists())
+def test_any_options_make_a_chardev_or_a_usage_error(given: tuple[str, dict[str, str]]) -> None:
+    kind, options = given
+    try:
+        line = make(kind, "c0", options).kind
+    except UsageError as exc:
+        line = str(exc)
+    assert len(line.splitlines()) == 1

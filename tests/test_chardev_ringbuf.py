@@ -1,0 +1,61 @@
+"""The ringbuf chardev, against a model that keeps everything."""
+
+from __future__ import annotations
+
+from chardev_peers import Rig, Wire
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vsport.chardev.ringbuf import RingBuf
+from vsport.loop import Loop
+
+OPERATIONS = st.lists(st.one_of(st.binary(max_size=40), st.integers(0, 20)), max_size=30)
+
+
+@given(OPERATIONS, st.sampled_from([1, 2, 8, 16]))
+def test_keeps_the_newest_bytes_and_counts_the_others(operations: list[bytes | int], size: int) -> None:
+    loop = Loop()
+    ring = RingBuf("r", size=size)
+    ring.open(loop, Wire(ring, loop))
+    kept, lost = b"", 0
+    for operation in operations:
+        if isinstance(operation, bytes):
+            assert ring.write(memoryview(operation)) == len(operation)
+            kept += operation
+            lost += max(0, len(kept) - size)
+            kept = kept[-size:]
+        else:
+            assert ring.read(operation) == kept[:operation]
+            kept = kept[operation:]
+        assert len(ring) == len(kept)
+        assert ring.overwritten == lost
+    assert ring.read(size) == kept
+    ring.close()
+    loop.close()
+
+
+def test_does_not_hold_on_to_the_guests_memory() -> None:
+    with Rig() as rig:
+        wire = rig.make("ringbuf", size="16")
+        wire.open()
+        memory = bytearray(b"hello")
+        with memoryview(memory) as view:
+            wire.chardev.write(view)
+        memory.extend(b"!")  # BufferError if a view were still held
+        memory[:5] = b"XXXXX"
+        assert isinstance(wire.chardev, RingBuf)
+        assert wire.chardev.read(16) == b"hello"
+
+
+def test_what_was_written_can_be_read_after_a_disconnect_but_not_after_close() -> None:
+    with Rig() as rig:
+        wire = rig.make("ringbuf")
+        ring = wire.chardev
+        assert isinstance(ring, RingBuf)
+        wire.open()
+        wire.send(b"hello world")
+        ring.disconnect()
+        assert ring.read(5) == b"hello"
+        ring.close()
+        assert ring.read(5) == b""
+        assert len(ring) == 0

@@ -1,0 +1,193 @@
+"""The daemon as a process: starting, refusing, ending (R-VU-100 to 105)."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+PATIENCE = 20.0
+GET_FEATURES = bytes.fromhex("01000000 01000000 00000000")
+
+
+@contextlib.contextmanager
+def daemon(*arguments, pass_fds=()):
+    """A running `vsport serve`, killed at the end if it has not ended before."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vsport", "serve", *map(str, arguments)], stderr=subprocess.PIPE, pass_fds=pass_fds
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def wait_for(condition, what):
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def connect(path):
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    sock.settimeout(PATIENCE)
+    try:
+        sock.connect(str(path))
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def answers(sock):
+    """Whether a vhost-user back end is at the other end."""
+    sock.sendall(GET_FEATURES)
+    return sock.recv(64)[:4] == GET_FEATURES[:4]
+
+
+def serves(path):
+    """Whether a back end answers at ``path`` now."""
+    try:
+        with connect(path) as front_end:
+            return answers(front_end)
+    except ConnectionRefusedError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_a_signal_ends_it_and_its_sockets_are_gone(tmp_path, number, code, busy):
+    """R-VU-100: promptly, with exit code 0 for SIGTERM."""
+    chardev, vm = tmp_path / "c.sock", tmp_path / "vm.sock"
+    options = ["--chardev", f"socket,id=c0,path={chardev},server=on,wait=off", "--device", "virtserialport,chardev=c0"]
+    with daemon("--socket-path", vm, *options) as process, contextlib.ExitStack() as stack:
+        wait_for(vm.exists, "the daemon listens")
+        if busy:
+            front_end = stack.enter_context(connect(vm))
+            assert answers(front_end)
+            stack.enter_context(connect(chardev))
+        process.send_signal(number)
+        assert process.wait(PATIENCE) == code
+        assert not vm.exists()
+        assert not chardev.exists()
+        assert process.stderr.read() == b""
+
+
+def test_a_second_daemon_on_the_same_path_is_refused_and_the_first_goes_on(tmp_path):
+    vm = tmp_path / "vm.sock"
+    with daemon("--socket-path", vm) as first:
+        wait_for(vm.exists, "the first listens")
+        with daemon("--socket-path", vm) as second:
+            assert second.wait(PATIENCE) == 1
+            said = second.stderr.read().decode()
+            assert str(vm) in said
+            assert len(said.splitlines()) == 1
+        with connect(vm) as front_end:
+            assert answers(front_end)
+        assert first.poll() is None
+
+
+def test_what_a_dead_daemon_left_behind_is_replaced(tmp_path):
+    vm = tmp_path / "vm.sock"
+    with daemon("--socket-path", vm) as killed:
+        wait_for(vm.exists, "the first listens")
+        killed.kill()
+        killed.wait()
+    assert vm.exists()
+    with daemon("--socket-path", vm) as second:
+        wait_for(lambda: serves(vm), "the second listens")
+        assert second.poll() is None
+
+
+def test_an_inherited_socket_may_be_listening(tmp_path):
+    """R-VU-103."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "vm.sock"))
+        listener.listen()
+        with daemon("--fd", listener.fileno(), pass_fds=[listener.fileno()]):
+            for _ in range(2):
+                with connect(tmp_path / "vm.sock") as front_end:
+                    assert answers(front_end)
+
+
+def test_an_inherited_connection_is_served_to_its_end():
+    """R-VU-103: and then there is nothing to wait for."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, daemon("--fd", theirs.fileno(), pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        ours.settimeout(PATIENCE)
+        assert answers(ours)
+        ours.close()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_it_waits_for_its_hosts_where_it_was_told_to(tmp_path):
+    """wait=on: no front end is served before the host's program is there; a signal ends the waiting."""
+    chardev, vm = tmp_path / "c.sock", tmp_path / "vm.sock"
+    options = ["--chardev", f"socket,id=c0,path={chardev},server=on,wait=on", "--device", "virtserialport,chardev=c0"]
+    with daemon("--socket-path", vm, *options) as process:
+        assert b"waiting for a connection on" in process.stderr.readline()
+        assert not vm.exists()
+        with connect(chardev):
+            wait_for(vm.exists, "the daemon listens once its host is there")
+    vm.unlink(missing_ok=True)
+    with daemon("--socket-path", vm, *options) as process:
+        process.stderr.readline()
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_a_front_end_that_talks_nonsense_is_cut_off_and_the_next_is_served(tmp_path):
+    vm = tmp_path / "vm.sock"
+    with daemon("--socket-path", vm) as process:
+        wait_for(vm.exists, "the daemon listens")
+        with connect(vm) as vandal:
+            vandal.sendall(os.urandom(4096))
+            with contextlib.suppress(ConnectionResetError):
+                while vandal.recv(4096):
+                    pass
+        with connect(vm) as front_end:
+            assert answers(front_end)
+        assert process.poll() is None
+
+
+def test_standard_input_and_output_can_be_a_port(tmp_path):
+    """--chardev stdio: the daemon runs as the last of a pipeline, and gives the descriptors back as they were."""
+    vm = tmp_path / "vm.sock"
+    ours, theirs = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vsport", "serve", "--socket-path", str(vm), "--chardev", "stdio,id=c0", "--device",
+         "virtserialport,chardev=c0"],
+        stdin=ours,
+        stdout=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_for(vm.exists, "the daemon listens")
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+        assert os.get_blocking(ours)
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_it_sleeps_when_nothing_happens(tmp_path):
+    """No wake-ups: the daemon's processor time stands still while nobody talks to it."""
+    vm = tmp_path / "vm.sock"
+    with daemon("--socket-path", vm, "--chardev", "null,id=c0", "--device", "virtserialport,chardev=c0") as process:
+        wait_for(vm.exists, "the daemon listens")
+
+        def switches():
+            with open(f"/proc/{process.pid}/status") as status:
+                return sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
+
+        wait_for(lambda: (before := switches(), time.sleep(0.2), switches() == before)[-1], "it sleeps through")

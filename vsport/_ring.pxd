@@ -1,0 +1,197 @@
+"""The virtqueue engine's contract: what it takes from C, its structs, and the fields of its classes."""
+
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+
+cdef extern from "<endian.h>" nogil:
+    uint16_t htole16(uint16_t)
+    uint32_t htole32(uint32_t)
+    uint64_t htole64(uint64_t)
+    uint16_t le16toh(uint16_t)
+    uint32_t le32toh(uint32_t)
+    uint64_t le64toh(uint64_t)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t readv(int fd, const iovec *pieces, int count)
+    ssize_t writev(int fd, const iovec *pieces, int count)
+
+cdef extern from "<sys/socket.h>" nogil:
+    enum:
+        MSG_DONTWAIT
+        MSG_NOSIGNAL
+    ssize_t send(int fd, const void *data, size_t size, int flags)
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t write(int fd, const void *data, size_t size)
+
+cdef extern from "_atomics.h" nogil:
+    uint16_t load16 "vs_load16" (const uint8_t *word)
+    uint16_t load16_acquire "vs_load16_acquire" (const uint8_t *word)
+    void store16 "vs_store16" (uint8_t *word, uint16_t value)
+    void store16_release "vs_store16_release" (uint8_t *word, uint16_t value)
+    void full_fence "vs_full_fence" ()
+    bint flag_get "vs_flag_get" (const int *flag)
+    void flag_set "vs_flag_set" (int *flag)
+
+cdef extern from "_sigbus.h":
+    struct vs_guard:
+        pass
+    vs_guard *guard_add "vs_guard_add" (void *start, size_t size, int *lost)
+    void guard_remove "vs_guard_remove" (vs_guard *guard)
+
+
+# -- in shared memory (2.7.5, 2.7.8) -----------------------------------------------------------------------------------
+
+cdef struct Desc:
+    uint64_t addr
+    uint32_t len
+    uint16_t flags
+    uint16_t next
+
+cdef struct UsedElem:
+    uint32_t id
+    uint32_t len
+
+
+# -- guest memory ------------------------------------------------------------------------------------------------------
+
+cdef struct Range:
+    uint64_t gpa
+    uint64_t size
+    uint64_t front_end_addr
+    uint8_t *host
+
+cdef struct GuestMemory:
+    Range *ranges               # sorted by gpa
+    int count
+    int lost                    # set by the SIGBUS handler: only flag_get() and flag_set() touch it
+
+
+# -- the device's side of a queue --------------------------------------------------------------------------------------
+
+cdef struct Fault:
+    int code                    # index into FAULTS; 0: none
+    uint64_t[4] values
+
+cdef struct Ring:
+    GuestMemory *mem
+    uint8_t *desc               # NULL while stopped
+    uint8_t *avail
+    uint8_t *used
+    uint32_t size               # a power of two
+    bint event_idx
+    bint indirect
+    bint running
+    uint16_t next_avail
+    uint16_t used_idx           # what the driver has been shown, after publish()
+    uint16_t pending_seen       # chains known to be offered; the driver cannot take them back (R-RING-70)
+    uint64_t offset             # bytes of the chain at next_avail that are consumed
+    uint32_t unsignalled        # completed since the driver was last interrupted, at most ALL_INDICES
+    bint signal_next            # the next completion interrupts, whatever the event index says (R-RING-23)
+    uint64_t serial             # number of the chain that is being walked
+    uint64_t *stamps            # for each descriptor: the last chain that it was part of
+    int buffer_range            # where the last lookup of a buffer ended
+    int table_range             # the same for indirect tables
+    uint64_t fill_want          # bytes that the next fill offers at first
+    int error                   # errno of a failed system call
+    Fault fault
+    uint64_t bytes_moved
+    uint64_t bytes_discarded
+    uint64_t chains
+
+cdef enum:
+    BATCH_PIECES = 512
+    BATCH_CHAINS = 512
+
+cdef struct Chain:
+    uint16_t head
+    uint64_t bytes              # gathered into the batch
+    uint64_t total              # in the chain, without what was consumed before
+
+cdef struct Batch:
+    uint64_t first              # serial number of its first chain
+    uint64_t bytes
+    uint32_t walked             # descriptors and pieces, since the operation began
+    int pieces
+    int count
+    iovec[BATCH_PIECES] piece
+    Chain[BATCH_CHAINS] chain
+
+cdef struct Walk:
+    uint16_t head
+    uint32_t index              # of the descriptor to look at
+    uint64_t table              # of the indirect table; its entries' count is 0 outside of one
+    uint32_t entries
+    uint32_t entries_walked
+    bint writable_seen
+
+
+# -- the driver's side -------------------------------------------------------------------------------------------------
+
+cdef struct Slot:
+    uint16_t next               # in the free list, or in the chain
+    uint16_t count              # descriptors of the chain that starts here; 0: none does
+    uint64_t capacity           # writable bytes of that chain
+
+
+# -- classes -----------------------------------------------------------------------------------------------------------
+
+cdef class Memory:
+    cdef GuestMemory c
+    cdef vs_guard **guards
+    cdef readonly tuple regions
+    cdef tuple views            # read-only, in the order of c.ranges; each holds its buffer's export
+
+    cdef object attach(self, object region)
+    cdef int check(self, object gpa, object size) except -1
+    cdef object view_of(self, void *host, size_t size)
+
+cdef class DeviceQueue:
+    cdef Ring r
+    cdef readonly int index
+    cdef bint busy
+    cdef int _call_fd
+    cdef bint call_is_socket
+    cdef Memory memory
+    cdef readonly object fault
+    cdef readonly uint64_t calls
+
+    cdef int idle(self) except -1
+    cdef bint enter(self) except -1
+    cdef int check(self) except -1
+    cdef object status(self, int code)
+    cdef int offer_chains(self, object sink, uint64_t budget) except -100
+    cdef int offer_pieces(self, Batch *b, object sink, uint64_t *taken) except -1
+    cdef object take_message(self, uint64_t limit)
+    cdef int send_call(self) except -1
+
+cdef class DriverQueue:
+    cdef Memory memory
+    cdef uint8_t *desc_host
+    cdef uint8_t *avail_host
+    cdef uint8_t *used_host
+    cdef Slot *slots
+    cdef bint event_idx
+    cdef bint indirect
+    cdef bint calls_wanted
+    cdef uint16_t free_head
+    cdef uint16_t avail_idx     # published
+    cdef uint16_t added         # not yet published
+    cdef uint16_t last_used
+    cdef readonly int size
+    cdef readonly uint64_t desc
+    cdef readonly uint64_t avail
+    cdef readonly uint64_t used
+    cdef readonly int free
+    cdef readonly int in_flight
+    cdef readonly bint broken
+
+    cdef object write_table(self, list elements, object table)
+    cdef int write_chain(self, list elements) except -1
+    cdef int check_used(self, uint16_t count, UsedElem e) except -1
+    cdef int break_down(self, str what, dict context) except -1
+    cdef int release(self, uint16_t head) except -1
+    cdef int check_whole(self) except -1
+    cdef int ask_for_call(self) except -1

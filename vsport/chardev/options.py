@@ -1,0 +1,83 @@
+"""The options of a character device as a table: what parses a command line also prints the help for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from vsport.errors import UsageError
+
+__all__ = ["Option", "integer", "on_off", "parse", "size", "text"]
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class Option(NamedTuple):
+    """One option: how its text is read, what it is when it is not given, and what it is for."""
+
+    read: Callable[[str], Any]
+    """Turns the text into a value; raises ValueError with what would be right."""
+    default: Any
+    help: str
+    required: bool = False
+
+    @property
+    def placeholder(self) -> str:
+        """What stands behind the ``=`` in a help text: ``on|off``, ``PATH``, ``N`` ..."""
+        return _PLACEHOLDERS[self.read]
+
+
+def text(value: str) -> str:
+    """Any text that a file name or a host name can be."""
+    if not value or "\0" in value:
+        raise ValueError("must be a non-empty text")
+    return value
+
+
+def on_off(value: str) -> bool:
+    """QEMU's boolean."""
+    if value not in ("on", "off"):
+        raise ValueError("must be on or off")
+    return value == "on"
+
+
+def integer(value: str) -> int:
+    """A decimal number, 0 or more."""
+    if not (value.isascii() and value.isdigit() and len(value) <= 18):
+        raise ValueError("must be a number, 0 or more")
+    return int(value)
+
+
+def size(value: str) -> int:
+    """A number of bytes, with QEMU's suffixes K, M, G."""
+    unit = _UNITS.get(value[-1:].upper(), 1)
+    try:
+        return integer(value if unit == 1 else value[:-1]) * unit
+    except ValueError:
+        raise ValueError("must be a number of bytes, such as 65536 or 64K") from None
+
+
+_PLACEHOLDERS: dict[Callable[[str], Any], str] = {text: "TEXT", on_off: "on|off", integer: "N", size: "SIZE"}
+
+
+def parse(table: Mapping[str, Option], given: Mapping[str, str], who: str) -> dict[str, Any]:
+    """Reads ``given`` by ``table``: a value for each option of the table, its default where it is not given.
+
+    Raises UsageError, beginning with ``who``, for an unknown option, a missing one, or a value that does not read.
+    """
+    for name in given:
+        if name not in table:
+            raise UsageError(f"{who}: unknown option {name!r}; known: {', '.join(sorted(table))}")
+    missing = [name for name, option in table.items() if option.required and name not in given]
+    if missing:
+        raise UsageError(f"{who}: needs {', '.join(f'{name}=' for name in missing)}")
+    return {name: _read(option, name, given, who) for name, option in table.items()}
+
+
+def _read(option: Option, name: str, given: Mapping[str, str], who: str) -> Any:
+    if name not in given:
+        return option.default
+    try:
+        return option.read(given[name])
+    except ValueError as exc:
+        raise UsageError(f"{who}: {name}={given[name]!r}: {exc}") from None

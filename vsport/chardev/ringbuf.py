@@ -1,0 +1,76 @@
+"""``ringbuf``: keeps the newest bytes of the guest in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, LogFile
+from vsport.chardev.options import Option, size
+from vsport.errors import UsageError
+
+__all__ = ["RingBuf"]
+
+DEFAULT_SIZE = 64 << 10
+MAX_SIZE = 1 << 30
+
+
+class RingBuf(AlwaysConnected):
+    """``--chardev ringbuf[,size=SIZE]``: the last ``size`` bytes, read by ``read()``; it never blocks the guest."""
+
+    kind = "ringbuf"
+    summary = "keeps the newest bytes in memory"
+    OPTIONS: ClassVar[Mapping[str, Option]] = {
+        "size": Option(size, DEFAULT_SIZE, "how many bytes are kept, a power of two"),
+        **COMMON_OPTIONS,
+    }
+
+    def __init__(self, id: str, *, size: int = DEFAULT_SIZE, log: LogFile | None = None) -> None:
+        super().__init__(id, log=log)
+        if size < 1 or size & (size - 1) or size > MAX_SIZE:
+            raise UsageError(f"chardev {id}: size={size}: must be a power of two, at most 1G")
+        self.size = size
+        self.overwritten = 0
+        """Bytes that nobody read before newer ones took their place, since open()."""
+        self._buffer = bytearray()
+        self._produced = self._consumed = 0  # total bytes; the difference is what can be read
+
+    def _start(self) -> None:
+        if not self._buffer:
+            self._buffer = bytearray(self.size)
+            self._produced = self._consumed = self.overwritten = 0
+        self._connected(-1, -1)
+
+    def _stop(self) -> None:
+        self._buffer = bytearray()
+        self._consumed = self._produced
+
+    def __len__(self) -> int:
+        """How many bytes can be read."""
+        return self._produced - self._consumed
+
+    def write(self, data: memoryview) -> int:
+        if self.log is not None:
+            self.log.write(data)
+        newest = data[-self.size :]
+        self._produced += len(data) - len(newest)
+        at = self._produced & (self.size - 1)
+        first = min(len(newest), self.size - at)
+        self._buffer[at : at + first] = newest[:first]
+        self._buffer[: len(newest) - first] = newest[first:]
+        self._produced += len(newest)
+        self._drop(self._produced - self.size)
+        return len(data)
+
+    def _drop(self, oldest: int) -> None:
+        """Forgets what was written before byte number ``oldest``."""
+        if oldest > self._consumed:
+            self.overwritten += oldest - self._consumed
+            self._consumed = oldest
+
+    def read(self, limit: int) -> bytes:
+        """Takes the oldest bytes, at most ``limit`` of them; there may be none."""
+        at = self._consumed & (self.size - 1)
+        count = min(limit, len(self))
+        self._consumed += count
+        return bytes(self._buffer[at : at + count] + self._buffer[: max(0, at + count - self.size)])

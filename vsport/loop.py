@@ -1,0 +1,197 @@
+"""The wait loop: descriptors, timers and signals of one thread, over epoll.
+
+asyncio is not used here on purpose: a kick of the guest costs one callback, not a trip through a scheduler, and this
+interface is small enough to be moved below the GIL.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import select
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["HUP", "RDHUP", "READ", "WRITE", "Loop", "Timer"]
+
+READ = select.EPOLLIN
+WRITE = select.EPOLLOUT
+RDHUP = select.EPOLLRDHUP
+"""The peer of a stream socket will send nothing more."""
+HUP = select.EPOLLHUP | select.EPOLLERR
+"""Always reported, asked for or not."""
+
+_FEW_TIMERS = 64
+
+
+class Timer:
+    """A call that is due once; ``cancel()`` forgets it."""
+
+    __slots__ = ("callback", "due")
+
+    def __init__(self, due: float, callback: Callable[[], None]) -> None:
+        self.due = due
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Loop:
+    """Waits for what was asked for and calls back, all in the thread that calls run().
+
+    An exception of a callback ends the round and passes through run(); nothing that is due gets lost by it.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
+        self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._sweep_at = _FEW_TIMERS
+        self._order = itertools.count()
+        self._soon: deque[Callable[[], None]] = deque()
+        self._signals: dict[int, Callable[[], None]] = {}
+        self._old_handlers: dict[int, Any] = {}
+        self._old_wakeup = -1
+        self._wakeup: tuple[socket.socket, socket.socket] | None = None
+        self._stopped = False
+
+    # -- descriptors -----------------------------------------------------------------------------------------------
+
+    def watch(self, fd: int, events: int, callback: Callable[[int], None]) -> None:
+        """Calls ``callback(ready)`` while one of ``events``, or HUP, is ready at ``fd`` (level triggered).
+
+        A second call for the same ``fd`` replaces the first. Raises PermissionError if ``fd`` is always ready
+        (a regular file): epoll cannot wait for those.
+        """
+        old = self._watched.get(fd)
+        if old is None:
+            self._epoll.register(fd, events)
+        elif old[0] != events:
+            self._epoll.modify(fd, events)
+        self._watched[fd] = (events, callback)
+
+    def unwatch(self, fd: int) -> None:
+        """Forgets ``fd``; call it before closing the descriptor. Unknown descriptors are fine."""
+        if self._watched.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+        """Calls back once, ``delay`` seconds from now, in a later round than the present one."""
+        timer = Timer(time.monotonic() + delay, callback)
+        if len(self._timers) >= self._sweep_at:
+            self._sweep()
+        heapq.heappush(self._timers, (timer.due, next(self._order), timer))
+        return timer
+
+    def _sweep(self) -> None:
+        """Drops cancelled timers: those that are due in an hour would pile up until then."""
+        self._timers = [entry for entry in self._timers if entry[2].callback is not None]
+        heapq.heapify(self._timers)
+        self._sweep_at = max(_FEW_TIMERS, 2 * len(self._timers))
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Calls back at the end of this round, or of the next one if this one has come to such calls."""
+        self._soon.append(callback)
+
+    # -- signals ---------------------------------------------------------------------------------------------------
+
+    def on_signal(self, signum: int, callback: Callable[[], None]) -> None:
+        """Calls back in the loop after ``signum`` arrived; undone by close().
+
+        Raises ValueError outside the main thread, OSError for a signal that cannot be caught.
+        """
+        # The handler itself does nothing: the interpreter writes the number to the wake-up descriptor.
+        old = signal.signal(signum, lambda *_: None)
+        self._old_handlers.setdefault(signum, signal.SIG_DFL if old is None else old)
+        self._signals[signum] = callback
+        if self._wakeup is None:
+            self._open_wakeup()
+
+    def _open_wakeup(self) -> None:
+        self._wakeup = socket.socketpair()
+        for end in self._wakeup:
+            end.setblocking(False)
+        self._old_wakeup = signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        self.watch(self._wakeup[0].fileno(), READ, self._signal_arrived)
+
+    def _signal_arrived(self, _ready: int) -> None:
+        assert self._wakeup is not None
+        for signum in dict.fromkeys(self._wakeup[0].recv(4096)):  # each once, in the order of arrival
+            if signum in self._signals:
+                self._signals[signum]()
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Runs until stop() is called; returns at once if it was called since the last run()."""
+        while not self._stopped:
+            self.run_once(None)
+        self._stopped = False
+
+    def run_until(self, condition: Callable[[], object], timeout: float | None) -> bool:
+        """Runs until ``condition()`` is true, ``timeout`` seconds have passed (None: no limit), or stop() was called.
+
+        Says whether the condition is true. A stop() stays in force for the run() that follows.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not condition():
+            left = None if deadline is None else deadline - time.monotonic()
+            if self._stopped or (left is not None and left <= 0):
+                return False
+            self.run_once(left)
+        return True
+
+    def stop(self) -> None:
+        """Makes run() return after the present round."""
+        self._stopped = True
+
+    def run_once(self, timeout: float | None) -> None:
+        """One round: waits at most ``timeout`` seconds (None: for ever) for something to do, and does it."""
+        ready = self._epoll.poll(self._patience(timeout))
+        # A callback may unwatch, close and reuse the descriptor of a later one: whoever was not watching it when it
+        # became ready is not called.
+        for fd, events, watched in [(fd, events, self._watched.get(fd)) for fd, events in ready]:
+            if watched is not None and self._watched.get(fd) is watched:
+                watched[1](events)
+        self._run_timers(time.monotonic())
+        for _ in range(len(self._soon)):  # what these add waits for the next round
+            self._soon.popleft()()
+
+    def _patience(self, timeout: float | None) -> float | None:
+        """How long to wait, in seconds; None is for ever, as in epoll.poll()."""
+        if self._soon:
+            return 0
+        while self._timers and self._timers[0][2].callback is None:
+            heapq.heappop(self._timers)
+        if self._timers:
+            due = max(0.0, self._timers[0][0] - time.monotonic())
+            return due if timeout is None else min(due, timeout)
+        return timeout
+
+    def _run_timers(self, now: float) -> None:
+        while self._timers and self._timers[0][0] <= now:
+            callback = heapq.heappop(self._timers)[2].callback
+            if callback is not None:
+                callback()
+
+    def close(self) -> None:
+        """Gives back the signals and the loop's own descriptors; nothing that was watched is closed."""
+        for signum, handler in self._old_handlers.items():
+            signal.signal(signum, handler)
+        self._old_handlers.clear()
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._old_wakeup)
+            for end in self._wakeup:
+                end.close()
+            self._wakeup = None
+        self._watched.clear()
+        self._timers.clear()
+        self._soon.clear()
+        self._epoll.close()
