@@ -77,8 +77,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _parse(sys.argv[1:] if argv is None else argv)
         out = Reporter(as_json=args.json, verbose=args.verbose)
         return COMMANDS[args.command].run(args, out)
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except errors.PortError as exc:
         return _fail(out, str(exc), next((c for t, c in EXIT_CODES.items() if isinstance(exc, t)), ERROR))
     except OSError as exc:
@@ -92,13 +90,23 @@ def _fail(out: Reporter, message: str, code: int) -> int:
 
 
 def _prepare_process() -> None:
-    """A closed standard descriptor's number must not go to the port; a filter dies of SIGPIPE."""
+    """A closed standard descriptor's number must not go to the port; signals end the process as in other tools."""
     for fd in (0, 1, 2):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # Takes the lowest free number, which is this one.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Else it is ignored, as under nohup.
+        signal.signal(signal.SIGINT, _interrupted)
+
+
+def _interrupted(number: int, frame: object) -> NoReturn:
+    """Ends at once, with nothing to clean up: no output is buffered, and the kernel closes the port.
+
+    An exception could get lost, since Python drops those of destructors, and pyudev has destructors.
+    """
+    os._exit(INTERRUPTED)
 
 
 # The command line
@@ -243,14 +251,13 @@ def _session(args: argparse.Namespace, out: Reporter) -> int:
     from guest_tools.channel import open_port
     from guest_tools.host_changes import HostWatch
 
-    with open_port(args.port, timeout=args.timeout) as channel:
+    with open_port(args.port, timeout=args.timeout) as channel, HostWatch(channel) as watch:
         if not channel.host_connected:
             out.note(f"waiting for the host to open {channel.label}", {"event": "waiting"})
             channel.wait_host()
+        watch.restart()  # From here on a leave ends the session, however short it is.
         out.note(f"connected to {channel.label}", {"event": "connected"})
-        with HostWatch(channel) as watch:
-            bridge = Bridge(channel, 0, 1, close_on_eof=args.close_on_eof, watch=watch)
-            outcome = bridge.run()
+        outcome = Bridge(channel, 0, 1, close_on_eof=args.close_on_eof, watch=watch).run()
     return _report_outcome(out, outcome)
 
 

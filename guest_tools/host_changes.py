@@ -13,7 +13,7 @@ import os
 import signal
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -116,9 +116,13 @@ class HostWatch:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._count = SignalCount(channel.fileno())
-        self._tracker = HostTracker(channel.host_connected)
-        self._signals = self._buffers = 0
-        self._rechecks = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was so far: the host's state now is the first. Raises PortUnplugged."""
+        self._count.take()
+        self._tracker = HostTracker(self._channel.host_connected)
+        self._signals = self._buffers = self._rechecks = 0
 
     @property
     def connected(self) -> bool:
@@ -171,7 +175,7 @@ class HostChange:
     discarded: int
 
 
-def hold(channel: Channel) -> Iterator[HostChange]:
+def hold(channel: Channel) -> Generator[HostChange, None, None]:
     """Keep a port open and throw its input away: the host's state now, then each change, until PortUnplugged."""
     with HostWatch(channel) as watch:
         yield HostChange(watch.connected, 0)

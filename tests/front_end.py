@@ -301,27 +301,28 @@ class Qemu(FrontEnd):
 
     def attach(self, num_vqs: int) -> None:
         """What it sends when the virtual machine is made, before any guest code runs."""
+        self.num_vqs = num_vqs
+        self.shared: list[MemoryRegion] = []
         self.mask_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.masked_err_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self.ask(Request.GET_FEATURES)
         self.protocol_features = ProtocolFeature(self.ask_u64(Request.GET_PROTOCOL_FEATURES))
         self.post(Request.SET_PROTOCOL_FEATURES, encode_u64(self.protocol_features))
         assert self.ask_u64(Request.GET_QUEUE_NUM) >= num_vqs
+        assert self.ask_u64(Request.GET_MAX_MEM_SLOTS) >= 1
         self.open_channel()
-        self.slots = min(self.ask_u64(Request.GET_MAX_MEM_SLOTS), 512)
         self.post(Request.SET_OWNER)
-        self.offered = self.ask_u64(Request.GET_FEATURES)
+        self.ask(Request.GET_FEATURES)
         for index in range(num_vqs):
             self.set_fd(Request.SET_VRING_CALL, index, self.mask_fd)
-        self.get_config()
-        self.num_vqs = num_vqs
-        self.shared: list[MemoryRegion] = []
+            self.set_fd(Request.SET_VRING_ERR, index, self.masked_err_fd)
 
     def resume(self, memory: GuestMemory) -> None:
         """The guest's driver has set its queues up, or a paused machine goes on."""
+        self.get_config()
         self.post(Request.SET_FEATURES, encode_u64(self.features | Feature.PROTOCOL_FEATURES))
-        self.ask(Request.GET_STATUS)
-        self.post(Request.SET_STATUS, encode_u64(8))
-        assert self.ask_u64(Request.GET_STATUS) & 8, "FEATURES_OK did not stick"
+        if not self.ask_u64(Request.GET_STATUS) & 8:
+            self.post(Request.SET_STATUS, encode_u64(8))
         for region in memory.wire:
             if region not in self.shared:
                 self.add_region(region, memory.fd)
@@ -345,25 +346,27 @@ class Qemu(FrontEnd):
     def close(self) -> None:
         super().close()
         os.close(self.mask_fd)
+        os.close(self.masked_err_fd)
 
 
 class Uml(FrontEnd):
-    """User Mode Linux 7.2 (R-VU-06, 13, 19, 44, 56, 58, 61, 98): whatever is no GET asks for an acknowledgement."""
+    """User Mode Linux 7.2 (R-VU-06, 13, 19, 44, 56, 58, 61, 98): after SET_OWNER, what is no GET asks for an answer."""
 
     IMPLEMENTED = ProtocolFeature.MQ | ProtocolFeature.REPLY_ACK | ProtocolFeature.BACKEND_REQ | ProtocolFeature.CONFIG
 
     def attach(self) -> None:
-        self.tell(Request.SET_OWNER)
-        self.offered = self.ask_u64(Request.GET_FEATURES)
+        self.post(Request.SET_OWNER)
+        self.ask(Request.GET_FEATURES)
         self.protocol_features = ProtocolFeature(self.ask_u64(Request.GET_PROTOCOL_FEATURES)) & self.IMPLEMENTED
         self.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(self.protocol_features))
-        self.queues = self.ask_u64(Request.GET_QUEUE_NUM)
         self.open_channel()
+        self.queues = self.ask_u64(Request.GET_QUEUE_NUM)
         self.calls: dict[int, socket.socket] = {}
 
     def bind(self, memory: GuestMemory) -> None:
         """The driver is bound: features, memory, rings, always from base 0 (R-VU-72)."""
         self.set_features(self.features)
+        assert self.get_config(8)[4:8] != bytes(4), "max_nr_ports (R-CON-12)"
         self.share(memory)
         for ring in self.rings.values():
             self._set_up(ring, memory.user)

@@ -1,7 +1,7 @@
-"""Malformed input in bulk: ``python tests/fuzz.py --count 1000000 --seed 1 [--what ring]``.
+"""Malformed input in bulk: ``python tests/fuzz.py --count 1000000 --seed 1 [--what ring|control|vhost-user]``.
 
-Made to run under sanitizers (``make fuzz``): each input is cheap, built from plausible parts of which some are wrong, and
-compared with what the rules say. Ends at the first failure, with the seed that repeats it.
+Made to run under sanitizers (``make fuzz``): each input is cheap, built from plausible parts of which some are wrong,
+and compared with what the rules say. Ends at the first failure, with the seed that repeats it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from fuzz_control import control_case
+from fuzz_vhost_user import vhost_user_case
 from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawRing
 from ring_oracle import Broken, Oracle, Piece
 
@@ -177,7 +179,11 @@ def ring(random: random.Random) -> None:
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-GENERATORS: dict[str, Callable[[random.Random], None]] = {"ring": ring}
+GENERATORS: dict[str, Callable[[random.Random], None]] = {
+    "ring": ring,
+    "control": control_case,
+    "vhost-user": vhost_user_case,
+}
 """Each makes one input from the given source of chance, feeds it, and raises if the outcome is wrong."""
 
 

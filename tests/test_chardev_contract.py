@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from chardev_peers import HOSTS, Host, Rig
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsport.chardev import KINDS, inotify, make
@@ -320,6 +320,7 @@ def option_lists(draw: st.DrawFn) -> tuple[str, dict[str, str]]:
     return kind, draw(st.dictionaries(names, values, max_size=5))
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(option_lists())
 def test_any_options_make_a_chardev_or_a_usage_error(given: tuple[str, dict[str, str]]) -> None:
     kind, options = given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from chardev_peers import Rig, Wire
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsport.chardev.ringbuf import RingBuf
@@ -12,6 +12,7 @@ from vsport.loop import Loop
 OPERATIONS = st.lists(st.one_of(st.binary(max_size=40), st.integers(0, 20)), max_size=30)
 
 
+@settings(deadline=None)  # the machine may be busy
 @given(OPERATIONS, st.sampled_from([1, 2, 8, 16]))
 def test_keeps_the_newest_bytes_and_counts_the_others(operations: list[bytes | int], size: int) -> None:
     loop = Loop()
@@ -59,3 +60,12 @@ def test_what_was_written_can_be_read_after_a_disconnect_but_not_after_close() -
         ring.close()
         assert ring.read(5) == b""
         assert len(ring) == 0
+
+
+def test_a_log_that_cannot_be_written_costs_the_copy_only() -> None:
+    with Rig() as rig:
+        wire = rig.make("ringbuf", logfile="/dev/full")
+        wire.open()
+        wire.send(b"hello")
+        assert isinstance(wire.chardev, RingBuf)
+        assert wire.chardev.read(16) == b"hello"

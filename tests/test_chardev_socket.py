@@ -16,7 +16,7 @@ from chardev_peers import HOSTS, Rig, Wire
 
 from vsport.chardev import make
 from vsport.chardev import socket as chardev_socket
-from vsport.chardev.addresses import TcpAddress
+from vsport.addresses import TcpAddress
 from vsport.errors import HostError
 from vsport.loop import WRITE
 

@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 from guest_tools import channel as channel_module
 from guest_tools import errors
 from guest_tools.channel import MAX_WRITE, ZERO_WRITE_LIMIT, Channel, Deadline
-from guest_tools.host_changes import hold
-from guest_tools.host_changes import HostTracker, HostWatch, SignalCount
+from guest_tools.host_changes import HostTracker, HostWatch, SignalCount, hold
 from guest_tools.ports import Port
 
 Ends = tuple[Channel, socket.socket]
@@ -114,8 +113,13 @@ def test_a_write_that_takes_nothing_is_tried_again_but_not_for_ever(
 ) -> None:
     """R-GUEST-10: only a broken queue does it, which no socket can imitate."""
     calls = []
+
+    def take_nothing(fd: int, data: memoryview) -> int:
+        calls.append(fd)
+        return 0
+
     monkeypatch.setattr(channel_module, "ZERO_WRITE_PAUSE", 0)
-    monkeypatch.setattr(channel_module.os, "write", lambda fd, data: calls.append(fd) or 0)
+    monkeypatch.setattr(os, "write", take_nothing)
     with pytest.raises(errors.PortStuck):
         ends[0].write(b"data")
     assert len(calls) == ZERO_WRITE_LIMIT + 1

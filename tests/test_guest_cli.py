@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 import guest_tools
 from guest_tools import cli, report
 from guest_tools.bridge import Ending, Outcome
+from guest_tools.events import Event
 from guest_tools.host_changes import HostChange
 from guest_tools.ports import Holder, Port, PortState
-from guest_tools.events import Event
 
 COMMAND = [sys.executable, "-m", "guest_tools"]
 ROOT = Path(guest_tools.__file__).parent.parent
@@ -142,6 +142,13 @@ def test_nothing_of_the_hosts_half_is_loaded() -> None:
     code = "import sys, guest_tools.cli; print(sorted(m for m in sys.modules if m.split('.')[0] == 'vsport'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    """As under nohup, or for a command that a shell runs in the background."""
+    code = "import signal; from guest_tools.cli import main; signal.signal(2, signal.SIG_IGN); main(['--list'])"
+    code += "; assert signal.getsignal(2) is signal.SIG_IGN"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
 def test_listing_does_not_load_what_it_does_not_need() -> None:

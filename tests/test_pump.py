@@ -9,8 +9,9 @@ import time
 import pytest
 from worlds import World, generic_port, unix_chardev, unix_client
 
+from vsport.chardev.base import Chardev
 from vsport.connection import State
-from vsport.pump import SETTLE_SECONDS
+from vsport.pump import SETTLE_SECONDS, PortPump
 from vsport.sim import HOSTILE, LINUX
 
 
@@ -280,6 +281,33 @@ def test_a_file_is_read_into_the_guest_and_its_end_is_no_leaving(tmp_path):
         world.write(port, b"thanks")
         world.wait(lambda: (tmp_path / "out").read_bytes() == b"thanks")
         assert world.device.ports[1].state is State.A
+
+
+class Sentence(Chardev):
+    """A back end whose input is a pipe that has ended already, and whose output goes on: like a shell's `echo x |`."""
+
+    kind = "sentence"
+    eof_ends_session = False
+
+    def _start(self):
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        os.write(writer, b"a sentence")
+        os.close(writer)
+        self._connected(reader, os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+
+
+def test_input_that_ended_before_the_guest_opened_is_kept_for_it():
+    with contextlib.closing(World([], ["virtserialport,name=org.test.1"])) as world:
+        pump = PortPump(world.loop, world.device.ports[1], Sentence("c0"))
+        world.device.attach(world.device.ports[1], pump)
+        pump.open()
+        port = world.port("org.test.1")
+        host_is(world, port, True)
+        port.open()
+        assert world.read(port, 10) == b"a sentence"
+        world.loop.run_until(lambda: False, 0.02)
+        assert port.host_connected
+        pump.close()
 
 
 def test_the_log_has_what_the_host_took(tmp_path):

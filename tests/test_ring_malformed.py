@@ -70,9 +70,7 @@ def table(*entries: tuple[int, int]) -> Callable[[RawRing, int, int], None]:
     return spoil
 
 
-def table_at(
-    where: Callable[[RawRing], int], length: int = 32, flags: int = 0
-) -> Callable[[RawRing, int, int], None]:
+def table_at(where: Callable[[RawRing], int], length: int = 32, flags: int = 0) -> Callable[[RawRing, int, int], None]:
     return lambda ring, flag, head: ring.put(head, where(ring), length, INDIRECT | flags, 0)
 
 
@@ -97,9 +95,7 @@ CASES = {
         "R-RING-74",
         lambda ring, flag, head: (
             ring.put(head, ring.data, 4, WRITE | NEXT, head + 1),
-            ring.put(
-                head + 1, ring.data + 256, ring.put_table(ring.data + 256, [(ring.data, 4, 0, 0)]), INDIRECT
-            ),
+            ring.put(head + 1, ring.data + 256, ring.put_table(ring.data + 256, [(ring.data, 4, 0, 0)]), INDIRECT),
         ),
     ),
     "indirect, not negotiated": Case("R-RING-75", table((0, 0)), indirect=False),
@@ -115,9 +111,7 @@ CASES = {
     "table across the end of the address space": Case("R-RING-75", table_at(lambda ring: 2**64 - 16)),
     "buffer in no region": Case("R-RING-76", buffer_at(lambda ring: ring.end, 1)),
     "buffer into a hole": Case("R-RING-76", buffer_at(lambda ring: ring.end - 4, 5)),
-    "buffer across two regions into a hole": Case(
-        "R-RING-76", buffer_at(lambda ring: ring.data + HALF - 1, HALF + 2)
-    ),
+    "buffer across two regions into a hole": Case("R-RING-76", buffer_at(lambda ring: ring.data + HALF - 1, HALF + 2)),
     "buffer across the end of the address space": Case("R-RING-76", buffer_at(lambda ring: 2**64 - 4, 5)),
     "buffer at the very end": Case("R-RING-76", buffer_at(lambda ring: 2**64 - 1, 0xFFFFFFFF)),
     "buffer of 4 GiB": Case("R-RING-76", buffer_at(data, 0xFFFFFFFF)),
@@ -199,7 +193,7 @@ def test_r_ring_70_offered_chains_cannot_be_taken_back(host: int) -> None:
     ring.offer(0, 1, 2)
     assert ring.queue.pending() == 3
     ring.write16(ring.avail + 2, 2)
-    with pytest.raises(GuestError, match="R-RING-70: avail.idx moved backwards"):
+    with pytest.raises(GuestError, match=r"R-RING-70: avail\.idx moved backwards"):
         ring.queue.pending()
     assert ring.queue.pending() == 0
 

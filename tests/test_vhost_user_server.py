@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import random
+import resource
 import shutil
 import socket
 import struct
@@ -32,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsport.device import SerialDevice
-from vsport.errors import HostError
+from vsport.errors import HostError, UsageError
 from vsport.host import Host
 from vsport.loop import Loop
 from vsport.options import parse_configuration
@@ -94,7 +95,7 @@ def test_a_socket_file_that_a_dead_process_left_is_replaced(server, loop, tmp_pa
 
 def test_a_path_that_is_served_already_is_left_alone(bench, server):
     for _ in range(12):  # also when the backlog is full
-        with pytest.raises(HostError, match="another process already serves it"):
+        with pytest.raises(HostError, match="another process listens there"):
             server.listen(bench.path)
     server.close()
     assert os.path.exists(bench.path)
@@ -107,14 +108,14 @@ def test_a_path_that_is_served_already_is_left_alone(bench, server):
 def test_what_is_no_socket_is_never_removed(server, tmp_path, kind):
     path = tmp_path / "precious"
     path.write_text("data") if kind == "file" else path.mkdir()
-    with pytest.raises(HostError, match="it exists and is not a socket"):
+    with pytest.raises(HostError, match="the path exists and is no socket"):
         server.listen(str(path))
     assert path.exists()
 
 
 @pytest.mark.parametrize("path", ["/nowhere/vu.sock", "/tmp/" + "x" * 103])
 def test_a_path_that_cannot_be_listened_on_is_named(server, path):
-    with pytest.raises(HostError, match=path):
+    with pytest.raises((HostError, UsageError), match=path):
         server.listen(path)
 
 
@@ -126,6 +127,13 @@ def test_a_socket_file_that_is_not_ours_any_more_stays(server, tmp_path):
         other.bind(str(path))
         server.close()
         assert path.exists()
+
+
+def test_a_socket_file_that_somebody_removed_is_not_missed(server, tmp_path):
+    path = tmp_path / "vu.sock"
+    server.listen(str(path))
+    path.unlink()
+    server.close()
 
 
 # -- inherited sockets -------------------------------------------------------------------------------------------------
@@ -225,6 +233,19 @@ def test_a_front_end_that_is_refused_makes_room_for_the_next(bench, caplog):
     assert [record.message for record in caplog.records if record.levelno == logging.WARNING] == [
         "connection ended, the front end broke a rule: R-VU-07: not a request to a console (request=999)"
     ]
+
+
+def test_a_front_end_that_cannot_be_accepted_now_is_accepted_later(bench, monkeypatch, caplog):
+    monkeypatch.setattr(server_module, "_ACCEPT_AGAIN_SECONDS", 0.01)
+    front_end = bench.connect(FrontEnd)
+    front_end.post(Request.GET_FEATURES)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        front_end.until(lambda: "cannot accept a front end: Too many open files" in caplog.text)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    front_end.reply(Request.GET_FEATURES)
 
 
 def test_closing_the_server_ends_the_connection(bench):
@@ -343,6 +364,15 @@ def test_a_front_end_that_reads_its_replies_late_gets_them_all(bench):
     for _ in range(asked):
         front_end.reply(Request.GET_FEATURES)
     front_end.barrier()
+
+
+def test_a_front_end_may_leave_without_reading_its_replies(bench):
+    front_end = bench.connect(FrontEnd)
+    while bench.server._connection is None or not bench.server._connection._unsent:
+        front_end.send(encode_request(Request.GET_FEATURES))
+        bench.step()
+    bench.disconnect(front_end)
+    bench.connect(FrontEnd).barrier()
 
 
 # -- hostile descriptors -----------------------------------------------------------------------------------------------

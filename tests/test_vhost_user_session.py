@@ -20,6 +20,8 @@ from front_end import (
 
 from vsport.constants import Event, Feature
 from vsport.control import Message
+from vsport.vhost_user import server as server_module
+from vsport.vhost_user import session as session_module
 from vsport.vhost_user.message import (
     BackEndRequest,
     Config,
@@ -318,6 +320,18 @@ def test_regions_come_and_go_one_by_one(bench, front_end):
     assert open_fds() == before
 
 
+def test_there_are_so_many_slots_and_no_more(bench, front_end, memory, monkeypatch):
+    """R-VU-32."""
+    monkeypatch.setattr(session_module, "MEM_SLOTS", 2)
+    for number in range(3):
+        region = MemoryRegion(number * 0x1000, 0x1000, USER + number * 0x1000, number * 0x1000)
+        if number == 2:
+            with pytest.raises(Refused):
+                front_end.add_region(region, memory.fd)
+        else:
+            front_end.add_region(region, memory.fd)
+
+
 def test_a_descriptor_that_comes_with_a_removal_is_closed(bench, front_end, memory):
     """R-VU-33."""
     front_end.add_region(memory.wire[0], memory.fd)
@@ -444,6 +458,12 @@ def test_a_disabled_ring_waits_and_its_backlog_is_taken_when_it_is_enabled(bench
     front_end.enable(3, True)
     front_end.until(lambda: tx.collect() is not None)
     assert not bench.device.ports[1].state.guest_connected
+
+
+def test_a_ring_is_enabled_or_not(front_end):
+    """R-VU-24."""
+    with pytest.raises(Refused):
+        front_end.tell(Request.SET_VRING_ENABLE, vring(3, 2))
 
 
 def test_get_vring_base_stops_a_ring_and_says_where(bench, running):
@@ -600,6 +620,41 @@ def test_both_sides_may_wait_for_each_other(bench, running):
     front_end.barrier()
 
 
+def test_an_answer_that_does_not_come_is_not_waited_for_forever(bench, running, monkeypatch):
+    """R-VU-97: later changes are told all the same, and an answer that comes too late is no harm."""
+    monkeypatch.setattr(server_module, "REPLY_SECONDS", 0.01)
+    front_end = running.front_end
+    front_end.open_channel()
+    bench.device.on_config_change()
+    bench.device.on_config_change()
+    assert received(front_end) == CONFIG_CHANGE
+    front_end.until(lambda: received(front_end) == CONFIG_CHANGE)
+    for _ in range(3):
+        front_end.channel.send(CONFIG_CHANGE_OK)
+    front_end.barrier()
+
+
+def test_a_refusal_on_the_channel_is_reported_and_descriptors_there_are_closed(bench, running, caplog):
+    front_end = running.front_end
+    front_end.open_channel()
+    before = open_fds(settle=True)
+    for _ in range(20):
+        bench.device.on_config_change()
+        assert received(front_end) == CONFIG_CHANGE
+        refusal = encode_reply(BackEndRequest.CONFIG_CHANGE, encode_u64(1))
+        socket.send_fds(front_end.channel, [refusal], [running.memory.fd])
+        front_end.barrier()
+    assert caplog.text.count("the front end refused request 2 of ours: 1") == 20
+    assert open_fds() == before
+
+
+def test_a_channel_whose_other_end_has_just_gone_is_closed(bench, running):
+    running.front_end.open_channel()
+    running.front_end.channel.close()
+    bench.device.on_config_change()
+    running.front_end.barrier()
+
+
 def test_a_suspended_device_asks_for_nothing_until_it_runs_again(bench, running):
     """R-VU-54."""
     front_end = running.front_end
@@ -723,6 +778,21 @@ def test_a_reboot_into_a_driver_with_fewer_queues_begins_anew(bench, qemu):
     assert not bench.device.queues[3].running
 
 
+def test_a_ring_that_is_not_in_memory_any_more_says_nothing_about_a_reboot(bench, qemu):
+    """R-VU-71: its used index cannot be read, so the rings that can be read decide."""
+    front_end = qemu.front_end
+    front_end.pause()
+    for index in (2, 4):
+        front_end.tell(Request.SET_VRING_BASE, vring(index, 0))
+    front_end.remove_region(qemu.memory.wire[0])
+    other = bench.make_memory((0x100_0000, 0x10000))
+    front_end.add_region(other.wire[0], other.fd)
+    ring = front_end.make_ring(6, other, 0x100_0000)
+    front_end.start(ring)
+    assert bench.device.queues[6].running
+    assert bench.device.ports[1].state.guest_connected
+
+
 def test_front_ends_that_start_rings_one_by_one_are_understood(bench, running):
     """R-VU-71: a pause stays a pause, a reboot a reboot, whichever ring comes first."""
     front_end = running.front_end
@@ -752,6 +822,18 @@ def test_user_mode_linux_binds_its_driver_again_and_again(bench, uml):
         front_end.unbind()
         assert not any(queue.running for queue in bench.device.queues)
         driver.lay_out()
+
+
+def test_a_broken_ring_stays_broken_under_a_new_table(bench, running):
+    """R-VU-63: only the driver's or the front end's restart heals it."""
+    ring = running.front_end.rings[running.PORT_TX]
+    running.memory.memory.write(ring.driver.avail + 2, b"\xff\x7f")
+    ring.kick()
+    running.front_end.until(lambda: not bench.device.queues[running.PORT_TX].running)
+    running.front_end.share(running.memory)
+    assert not bench.device.queues[running.PORT_TX].running
+    assert bench.device.queues[running.CONTROL_TX].running
+    assert ring.failed() == 1
 
 
 def test_a_guest_memory_of_its_own():

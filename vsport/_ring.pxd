@@ -158,6 +158,7 @@ cdef class DeviceQueue:
     cdef readonly object fault
     cdef readonly uint64_t calls
 
+    cdef int renew_stamps(self, size_t size) except -1
     cdef int idle(self) except -1
     cdef bint enter(self) except -1
     cdef int check(self) except -1

@@ -60,11 +60,11 @@ class Memory:
 class DeviceQueue:
     """The device's side of one split virtqueue.
 
-    Chains are taken lazily: ``next_avail`` moves only when a chain is completed, and ``offset`` says how many bytes of the
-    chain at ``next_avail`` are already consumed. So stopping a queue loses nothing (R-VU-20, R-VU-89).
+    Chains are taken lazily: ``next_avail`` moves only when a chain is completed, and ``offset`` says how many bytes of
+    the chain at ``next_avail`` are already consumed. So stopping a queue loses nothing (R-VU-20, R-VU-89).
 
-    A rule broken by the driver stops the queue: the call raises GuestError once, ``fault`` keeps it, and every later call
-    returns Status.STOPPED (or None, False, 0) until the next start().
+    A rule broken by the driver stops the queue: the call raises GuestError once, ``fault`` keeps it, and every later
+    call returns Status.STOPPED (or None, False, 0) until the next start().
     """
 
     def __new__(cls, index: int) -> Self: ...
@@ -113,28 +113,29 @@ class DeviceQueue:
     ) -> None:
         """Starts at available index ``base`` on rings at front-end addresses ``desc``, ``avail``, ``used``.
 
-        With reset=False a half-consumed chain's ``offset`` is kept (resume, new memory table), if ``base`` is still that
-        chain. The used index is read from memory. Kicks are on. Raises FrontEndError (R-RING-01, R-RING-09, R-RING-77,
-        R-RING-82) and leaves the queue stopped.
+        With reset=False a half-consumed chain's ``offset`` is kept (resume, new memory table), if ``base`` is still
+        that chain. The used index is read from memory. Kicks are on, and a driver that is resumed is called once more
+        by the next notify() (R-RING-23). Raises FrontEndError (R-RING-01, R-RING-04, R-RING-09, R-RING-77, R-RING-82)
+        and leaves the queue stopped.
         """
     def stop(self) -> int:
         """Stops the queue and returns the next available index, for GET_VRING_BASE; ``offset`` is kept."""
     def forget_partial(self) -> None:
         """Forgets the half-consumed chain's offset (device reset, R-CON-38)."""
     def pending(self) -> int:
-        """How many chains the driver has offered that are not completed; 0 if not running. Raises GuestError (R-RING-70)."""
+        """How many chains are offered and not completed; 0 if not running. Raises GuestError (R-RING-70)."""
     def drain(self, fd: int, *, log_fd: int = -1, budget: int = ...) -> Status:
         """Writes device-readable bytes to ``fd`` with writev(), straight from guest memory, without the GIL.
 
         Completes the chains written out with length 0 (R-RING-11), remembers a half-written one. What was written to
-        ``fd`` is also written to ``log_fd``, whose errors are ignored. At most ``budget`` bytes. ``fd`` is written to until
-        it says EAGAIN, so it has to be non-blocking. Raises OSError if it fails otherwise (what was written before is
-        accounted for), GuestError, FrontEndError (R-RING-82).
+        ``fd`` is also written to ``log_fd``, whose errors are ignored. At most ``budget`` bytes. ``fd`` is written to
+        until it says EAGAIN, so it has to be non-blocking. Raises OSError if it fails otherwise (what was written
+        before is accounted for), GuestError, FrontEndError (R-RING-82).
         """
     def drain_into(self, sink: Callable[[memoryview], int], *, budget: int = ...) -> Status:
         """Offers device-readable bytes, piece by piece, to ``sink``, which returns how many it took (0: blocked).
 
-        The memoryviews are read-only and on guest memory: they hold the mapping. An exception of ``sink`` passes through.
+        The memoryviews are read-only and on guest memory: they hold the mapping. An exception of ``sink`` passes.
         """
     def discard(self) -> int:
         """Returns the chains offered by the driver with length 0, and says how many readable bytes were dropped.
@@ -142,12 +143,13 @@ class DeviceQueue:
         A driver that makes this long work on purpose is served in several calls: pending() tells (R-RING-80).
         """
     def return_partial(self) -> int:
-        """Returns the half-consumed chain, if there is one, to the driver; says how many of its bytes were dropped (R-CON-48)."""
+        """Returns a half-consumed chain to the driver; says how many of its bytes were dropped (R-CON-48)."""
     def fill(self, fd: int, *, budget: int = ...) -> Status:
         """Reads from ``fd`` with readv(), straight into device-writable buffers, without the GIL.
 
         EMPTY: no buffer left; BLOCKED: no bytes now; EOF: the other end has closed. Buffers that got no byte stay
-        with the device (R-CON-42). ``fd`` has to be non-blocking. Raises OSError, GuestError, FrontEndError (R-RING-82).
+        with the device (R-CON-42). ``fd`` has to be non-blocking. Raises OSError, GuestError, FrontEndError
+        (R-RING-82).
         """
     def fill_from(self, data: Buffer) -> int:
         """Copies ``data`` into as many device-writable buffers as it takes; returns how many bytes found room."""
@@ -176,9 +178,9 @@ class DeviceQueue:
 class DriverQueue:
     """The driver's side of one split virtqueue, for a simulated guest.
 
-    Lays out the three parts from guest-physical address ``gpa`` on (``footprint(size)`` bytes, aligned to 4096), zeroed;
-    ``desc``, ``avail`` and ``used`` are their guest-physical addresses. A rule broken by the device marks the queue broken
-    and raises DeviceError (R-RING-84).
+    Lays out the three parts from guest-physical address ``gpa`` on (``footprint(size)`` bytes, aligned to 4096),
+    zeroed; ``desc``, ``avail`` and ``used`` are their guest-physical addresses. A rule broken by the device marks the
+    queue broken and raises DeviceError (R-RING-84).
     """
 
     def __new__(
@@ -199,7 +201,11 @@ class DriverQueue:
     @property
     def broken(self) -> bool: ...
     def add(
-        self, readable: Sequence[tuple[int, int]] = (), writable: Sequence[tuple[int, int]] = (), *, indirect_table: int = 0
+        self,
+        readable: Sequence[tuple[int, int]] = (),
+        writable: Sequence[tuple[int, int]] = (),
+        *,
+        indirect_table: int = 0,
     ) -> int:
         """Puts a chain of (gpa, length) elements into the table and the available ring, not yet published.
 

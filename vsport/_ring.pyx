@@ -1,15 +1,16 @@
 # The virtqueue engine: split rings (virtio 2.7), device side and driver side, on guest memory.
 #
-# How to read it. C functions over ``Ring *`` do the work, without Python objects and without allocation; thin classes at
-# the end give them to Python. An operation of the device's side goes through these steps:
+# How to read it. C functions over ``Ring *`` do the work, without Python objects and without allocation; thin classes
+# at the end give them to Python, and _ring.pyi says what these promise. An operation of the device's side goes through
+# these steps:
 #
 #   look()       reads avail.idx and checks it
-#   gather()     walks the chains that are offered into a Batch of pieces of guest memory, and checks everything on the way
+#   gather()     walks the chains that are offered into a Batch of pieces of guest memory, and checks them on the way
 #   (a copy)     readv(), writev() or memcpy() on the pieces
 #   settle_*()   completes the chains that were used up, and publishes them to the driver together
 #
-# Two rules hold everywhere. What the driver can change is read once, into private memory, and checked there (R-RING-19).
-# Nothing that the driver says decides how much is allocated or how long a call takes (R-RING-80).
+# Two rules hold everywhere. What the driver can change is read once, into private memory, and checked there
+# (R-RING-19). Nothing that the driver says decides how much is allocated or how long a call takes (R-RING-80).
 #
 # The packed ring (2.8) belongs beside look(), gather() and complete(): all else does not know how a ring is laid out.
 """The virtqueue engine: split rings, device side and driver side, on guest memory."""
@@ -267,7 +268,9 @@ cdef inline bint take_descriptor(Ring *r, Batch *b, Walk *w, Desc *d) noexcept n
     return take_entry(r, w, d)
 
 
-cdef inline void add_piece(Batch *b, Chain *c, uint8_t *host, uint64_t size, uint64_t *skip, uint64_t limit) noexcept nogil:
+cdef inline void add_piece(
+    Batch *b, Chain *c, uint8_t *host, uint64_t size, uint64_t *skip, uint64_t limit
+) noexcept nogil:
     """Counts a piece of memory to the chain, and gathers as much of it as there is room for."""
     cdef uint64_t skipped = min(size, skip[0])
     cdef bint truncated = c.bytes < c.total
@@ -287,7 +290,7 @@ cdef inline void add_piece(Batch *b, Chain *c, uint8_t *host, uint64_t size, uin
 cdef inline bint add_buffer(
     Ring *r, Batch *b, Chain *c, Walk *w, Desc *d, uint64_t *skip, uint64_t limit
 ) noexcept nogil:
-    """Adds a descriptor's buffer, in several pieces if it spans regions (R-RING-76); an empty one is fine (R-RING-73)."""
+    """Adds a descriptor's buffer, in pieces if it spans regions (R-RING-76); an empty one is fine (R-RING-73)."""
     cdef uint64_t gpa = d.addr, size = d.len, room
     cdef uint8_t *host
     if size and gpa + (size - 1) < gpa:
@@ -369,8 +372,8 @@ cdef inline void begin(Ring *r, Batch *b) noexcept nogil:
 cdef int gather(Ring *r, Batch *b, bint writable, uint64_t enough, uint64_t limit, uint32_t most) noexcept nogil:
     """Fills the batch with the chains that are offered next, and says how many there are.
 
-    No chain is added after ``most`` of them, ``enough`` bytes, or one that did not fit in ``limit`` bytes. After a fault,
-    which is left in r.fault, what was gathered before it is good.
+    No chain is added after ``most`` of them, ``enough`` bytes, or one that did not fit in ``limit`` bytes. After a
+    fault, which is left in r.fault, what was gathered before it is good.
     """
     cdef uint32_t pending, i
     cdef Chain *c
@@ -659,6 +662,25 @@ cdef bint call_wanted(Ring *r) noexcept nogil:
     return wanted
 
 
+# -- starting ----------------------------------------------------------------------------------------------------------
+
+cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
+    """The indices, and everything that is only valid for one run of the queue."""
+    if reset or r.next_avail != base:
+        r.offset = 0
+    r.next_avail = base
+    r.used_idx = load16(r.used + 2)
+    r.pending_seen = 0
+    r.buffer_range = r.table_range = 0
+    r.fill_want = 1
+    r.fault.code = NO_FAULT
+    # A driver that is resumed may have missed its last call: it gets one more (R-RING-23).
+    r.unsignalled = 0 if reset and r.used_idx == 0 else 1
+    r.signal_next = True
+    store16(r.used, 0)                              # kicks are on, whatever was there before (R-RING-21)
+    ask_for_kick(r)
+
+
 # -- the classes -------------------------------------------------------------------------------------------------------
 
 def _sorted_regions(regions):
@@ -690,14 +712,9 @@ def _check_region(region):
 @cython.final
 @cython.no_gc_clear                                 # c.ranges point into what the views hold
 cdef class Memory:
-    """Guest memory: an immutable table of regions.
-
-    Raises FrontEndError (R-VU-62) if a region is empty, overflows 2**64, overlaps another one in guest-physical or in
-    front-end addresses, or reaches beyond its buffer; at most 512 regions.
-    """
+    """Guest memory: an immutable table of regions."""
 
     def __cinit__(self, regions=()):
-        cdef Range *g
         self.regions = tuple(regions)
         ordered = _sorted_regions(self.regions)
         self.c.ranges = <Range *>PyMem_Calloc(max(len(ordered), 1), sizeof(Range))
@@ -768,6 +785,16 @@ cdef class Memory:
         copy_covered(&self.c, &hint, gpa, PyMemoryView_GET_BUFFER(view).buf, view.nbytes, True)
 
 
+def _check_setup(index, memory, size, base):
+    """What a front end can get wrong about a queue besides its addresses."""
+    if not 0 < size <= SIZE_MAX_SPLIT or size & (size - 1):
+        raise FrontEndError("R-RING-01", "a queue's size is a power of two up to 32768", queue=index, size=size)
+    if not 0 <= base < ALL_INDICES:
+        raise FrontEndError("R-RING-04", "an available index has 16 bits", queue=index, base=base)
+    if memory.lost:
+        raise FrontEndError("R-RING-82", "the file behind guest memory was truncated", queue=index)
+
+
 cdef uint8_t *_ring_part(Memory memory, int index, str name, uint64_t address, uint64_t size, int align) except NULL:
     """Where a part of a ring lies on the host: whole, in one region, aligned (R-RING-09, R-RING-77)."""
     cdef Range *g
@@ -790,14 +817,7 @@ cdef uint8_t *_ring_part(Memory memory, int index, str name, uint64_t address, u
 @cython.final
 @cython.no_gc_clear                                 # r points into memory
 cdef class DeviceQueue:
-    """The device's side of one split virtqueue.
-
-    Chains are taken lazily: ``next_avail`` moves only when a chain is completed, and ``offset`` says how many bytes of
-    the chain at ``next_avail`` are already consumed. So stopping a queue loses nothing (R-VU-20, R-VU-89).
-
-    A rule broken by the driver stops the queue: the call raises GuestError once, ``fault`` keeps it, and every later
-    call returns Status.STOPPED (or None, False, 0) until the next start().
-    """
+    """The device's side of one split virtqueue."""
 
     def __cinit__(self, index: int):
         self.index = index
@@ -806,8 +826,8 @@ cdef class DeviceQueue:
     def __dealloc__(self):
         PyMem_Free(self.r.stamps)
 
-    # Each operation that walks the ring is enclosed in enter() and ``busy = False``: a sink may call anything, and other
-    # threads run while the interpreter lock is released.
+    # Each operation that walks the ring is enclosed in enter() and ``busy = False``: a sink may call anything, and
+    # other threads run while the interpreter lock is released.
 
     cdef int idle(self) except -1:
         if self.busy:
@@ -843,7 +863,7 @@ cdef class DeviceQueue:
 
     @property
     def call_fd(self):
-        """Descriptor that interrupts the driver: 8 bytes are written to it; -1: none. Not owned, never read (R-VU-98)."""
+        """Descriptor that interrupts the driver: 8 bytes are written to it; -1: none (R-VU-98)."""
         return self._call_fd
 
     @call_fd.setter
@@ -902,50 +922,31 @@ cdef class DeviceQueue:
         indirect: bool = False,
         reset: bool = True,
     ) -> None:
-        """Starts at available index ``base`` on rings at front-end addresses ``desc``, ``avail``, ``used``.
-
-        With reset=False a half-consumed chain's ``offset`` is kept (resume, new memory table), if ``base`` is still that
-        chain. The used index is read from memory. Raises FrontEndError (R-RING-01, R-RING-09, R-RING-77) and leaves the
-        queue stopped.
-        """
-        cdef Ring *r = &self.r
+        """Starts on rings at front-end addresses; raises FrontEndError, and then the queue stays stopped."""
         self.stop()
-        if not 0 < size <= SIZE_MAX_SPLIT or size & (size - 1):
-            raise FrontEndError("R-RING-01", "a queue's size is a power of two up to 32768", queue=self.index, size=size)
-        if not 0 <= base < ALL_INDICES:
-            raise FrontEndError("R-RING-04", "an available index has 16 bits", queue=self.index, base=base)
-        if memory.lost:
-            raise FrontEndError("R-RING-82", "the file behind guest memory was truncated", queue=self.index)
+        _check_setup(self.index, memory, size, base)
         desc_host = _ring_part(memory, self.index, "descriptor table", desc, 16 * size, 16)
         avail_host = _ring_part(memory, self.index, "available ring", avail, 6 + 2 * size, 2)
         used_host = _ring_part(memory, self.index, "used ring", used, 6 + 8 * size, 4)
-        stamps = <uint64_t *>PyMem_Calloc(size, sizeof(uint64_t))
-        if stamps == NULL:
-            raise MemoryError
-        PyMem_Free(r.stamps)
-        r.stamps = stamps
-        r.serial = 0
-        if reset or r.next_avail != <uint16_t>base:
-            r.offset = 0
-        r.mem = &memory.c
-        r.buffer_range = r.table_range = 0
-        r.desc, r.avail, r.used = desc_host, avail_host, used_host
-        r.size = size
-        r.event_idx = event_idx
-        r.indirect = indirect
-        r.next_avail = base
-        r.used_idx = load16(used_host + 2)
-        r.pending_seen = 0
-        r.fault.code = NO_FAULT
-        r.unsignalled = 0
-        r.signal_next = True                        # R-RING-23
-        r.fill_want = 1
+        self.renew_stamps(size)
         self.memory = memory
+        self.r.mem = &memory.c
+        self.r.desc, self.r.avail, self.r.used = desc_host, avail_host, used_host
+        self.r.size = size
+        self.r.event_idx = event_idx
+        self.r.indirect = indirect
+        ring_start(&self.r, base, reset)
         self.fault = None
-        store16(r.used, 0)                          # kicks are on, whatever was there before (R-RING-21)
-        ask_for_kick(r)
-        r.running = True
+        self.r.running = True
         self.check()
+
+    cdef int renew_stamps(self, size_t size) except -1:
+        PyMem_Free(self.r.stamps)
+        self.r.serial = 0
+        self.r.stamps = <uint64_t *>PyMem_Calloc(size, sizeof(uint64_t))
+        if self.r.stamps == NULL:
+            raise MemoryError
+        return 0
 
     def stop(self) -> int:
         """Stops the queue and returns the next available index, for GET_VRING_BASE; ``offset`` is kept."""
@@ -961,7 +962,7 @@ cdef class DeviceQueue:
         self.r.offset = 0
 
     def pending(self) -> int:
-        """How many chains the driver has offered that are not completed; 0 if not running. Raises GuestError (R-RING-70)."""
+        """How many chains are offered and not completed; 0 if not running. Raises GuestError (R-RING-70)."""
         cdef uint32_t count = 0
         if not self.enter():
             return 0
@@ -974,12 +975,7 @@ cdef class DeviceQueue:
             self.busy = False
 
     def drain(self, fd: int, *, log_fd: int = -1, budget: int = BUDGET) -> Status:
-        """Writes device-readable bytes to ``fd`` with writev(), straight from guest memory, without the GIL.
-
-        Completes the chains written out with length 0 (R-RING-11), remembers a half-written one. What was written to
-        ``fd`` is also written to ``log_fd``, whose errors are ignored. At most ``budget`` bytes. Raises OSError if ``fd``
-        fails otherwise than with EAGAIN (what was written before is accounted for), GuestError.
-        """
+        """Writes device-readable bytes to ``fd`` with writev(), straight from guest memory, without the GIL."""
         cdef int out = fd, log = log_fd, code
         cdef uint64_t left = _checked_budget(budget)
         if not self.enter():
@@ -995,10 +991,7 @@ cdef class DeviceQueue:
             self.busy = False
 
     def drain_into(self, sink, *, budget: int = BUDGET) -> Status:
-        """Offers device-readable bytes, piece by piece, to ``sink``, which returns how many it took (0: blocked).
-
-        The memoryviews are read-only and on guest memory: they hold the mapping. An exception of ``sink`` passes through.
-        """
+        """Offers device-readable bytes, piece by piece, to ``sink``, which returns how many it took (0: blocked)."""
         cdef uint64_t left = _checked_budget(budget)
         if not self.enter():
             return Status.STOPPED
@@ -1047,10 +1040,7 @@ cdef class DeviceQueue:
         return 0
 
     def discard(self) -> int:
-        """Returns the chains offered by the driver with length 0, and says how many readable bytes were dropped.
-
-        A driver that makes this long work on purpose is served in several calls: pending() tells (R-RING-80).
-        """
+        """Returns the chains offered by the driver with length 0, and says how many readable bytes were dropped."""
         cdef uint64_t dropped
         if not self.enter():
             return 0
@@ -1063,7 +1053,7 @@ cdef class DeviceQueue:
             self.busy = False
 
     def return_partial(self) -> int:
-        """Returns the half-consumed chain, if there is one, to the driver; says how many of its bytes were dropped (R-CON-48)."""
+        """Returns a half-consumed chain to the driver; says how many of its bytes were dropped (R-CON-48)."""
         cdef uint64_t dropped
         if not self.enter():
             return 0
@@ -1076,11 +1066,7 @@ cdef class DeviceQueue:
             self.busy = False
 
     def fill(self, fd: int, *, budget: int = BUDGET) -> Status:
-        """Reads from ``fd`` with readv(), straight into device-writable buffers, without the GIL.
-
-        EMPTY: no buffer left; BLOCKED: no bytes now; EOF: the other end has closed. Buffers that got no byte stay
-        with the device (R-CON-42). Raises OSError, GuestError.
-        """
+        """Reads from ``fd`` with readv(), straight into device-writable buffers, without the GIL."""
         cdef int source = fd, code
         cdef uint64_t left = _checked_budget(budget)
         if not self.enter():
@@ -1112,10 +1098,7 @@ cdef class DeviceQueue:
             self.busy = False
 
     def push(self, message: bytes) -> bool:
-        """Puts one whole message into one device-writable chain; False if there is none (yet).
-
-        A chain that is too small for it is returned with length 0 and the next one is tried (R-CON-29).
-        """
+        """Puts one whole message into one device-writable chain; False if there is none (yet)."""
         cdef bint done
         if not self.enter():
             return False
@@ -1127,10 +1110,7 @@ cdef class DeviceQueue:
             self.busy = False
 
     def pop(self, limit: int = 4096) -> bytes | None:
-        """Takes one chain and returns its device-readable bytes, at most ``limit`` of them; None if there is no chain.
-
-        The chain is completed with length 0. More bytes than ``limit`` are dropped.
-        """
+        """Takes one chain and returns its device-readable bytes, at most ``limit``; None if there is no chain."""
         if not self.enter():
             return None
         try:
@@ -1162,7 +1142,7 @@ cdef class DeviceQueue:
 
     def kicks_off(self) -> None:
         """Tells the driver that notifications are not needed; a hint, no more (R-RING-24)."""
-        # With event indices there is nothing to do: the driver kicks once when it passes the index that kicks_on() wrote.
+        # With event indices there is nothing to do: the driver kicks once, when it passes what kicks_on() wrote.
         if self.enter():
             if not self.r.event_idx:
                 store16(self.r.used, NO_NOTIFICATION)
@@ -1178,11 +1158,7 @@ cdef class DeviceQueue:
         return load16(self.r.avail + 2) != self.r.next_avail
 
     def notify(self) -> bool:
-        """Interrupts the driver if it wants that for the chains completed since the last time (R-RING-20 to 23).
-
-        With a ``call_fd`` it is written to, and False comes back; without, True means: a call is wanted, deliver it.
-        A queue that a fault has stopped still tells of the chains that it had completed.
-        """
+        """Interrupts the driver if it wants that for the chains completed since the last time (R-RING-20 to 23)."""
         self.idle()
         if self.r.used == NULL or flag_get(&self.memory.c.lost) or not call_wanted(&self.r):
             return False
@@ -1250,12 +1226,7 @@ cdef Desc _descriptor(object element, int next_index) except *:
 @cython.final
 @cython.no_gc_clear                                 # the host pointers point into memory
 cdef class DriverQueue:
-    """The driver's side of one split virtqueue, for a simulated guest.
-
-    Lays out the three parts from guest-physical address ``gpa`` on (``footprint(size)`` bytes, aligned to 4096), zeroed;
-    ``desc``, ``avail`` and ``used`` are their guest-physical addresses. A rule broken by the device marks the queue broken
-    and raises DeviceError (R-RING-84).
-    """
+    """The driver's side of one split virtqueue, for a simulated guest."""
 
     def __cinit__(self, memory: Memory, gpa: int, size: int, *, event_idx: bool = False, indirect: bool = False):
         cdef int i
@@ -1290,11 +1261,7 @@ cdef class DriverQueue:
         return (_used_offset(size) + 6 + 8 * size + 4095) & ~4095
 
     def add(self, readable=(), writable=(), *, indirect_table: int = 0) -> int:
-        """Puts a chain of (gpa, length) elements into the table and the available ring, not yet published.
-
-        Returns its head. With ``indirect_table`` (a gpa with 16 bytes for each element) it takes one descriptor.
-        Raises BufferError if the table is full, ValueError if there is no element, DeviceError if the queue is broken.
-        """
+        """Puts a chain of (gpa, length) elements into the table and the available ring, not yet published."""
         self.check_whole()
         elements = _elements(readable, writable)
         cdef uint64_t capacity = sum([length for _, length, flags in elements if flags])

@@ -233,7 +233,8 @@ class PortPump:
         reading, read_fd, write_fd = self._reading(), self.chardev.read_fd, self.chardev.write_fd
         if write_fd >= 0 and (write_fd != read_fd or self._host_is_slow):
             wanted[write_fd] = WRITE if self._host_is_slow else 0
-        if read_fd >= 0 and not self._input_ended and (not reading or self._guest_has_buffers):
+        watching = self._guest_has_buffers if reading else self.chardev.eof_ends_session and not self._input_ended
+        if read_fd >= 0 and watching:
             wanted[read_fd] = wanted.get(read_fd, 0) | RDHUP | (READ if reading else 0)
         return wanted
 
@@ -263,7 +264,7 @@ class PortPump:
             self._fill()
         elif ready & (RDHUP | HUP):
             self._drop_unread()
-            self._input_over()
+            self._end_session("left")
 
     def _drop_unread(self) -> None:
         """A host that left before the guest opened: its session is over, and what it said in it goes with it."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar
 
-from vsport.chardev.addresses import Target, TcpAddress, UnixAddress, endpoint
+from vsport.addresses import Target, TcpAddress, UnixAddress, endpoint
 from vsport.chardev.base import COMMON_OPTIONS, Chardev, LogFile
 from vsport.chardev.options import Option, integer, on_off, text
 from vsport.errors import HostError, UsageError

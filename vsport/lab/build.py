@@ -14,6 +14,7 @@ import re
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -75,11 +76,11 @@ class Progress:
         self._clock = clock
         self._terminal = out.isatty()
         self._began = self._said = clock()
-        self._step = ""
+        self.current = ""
 
     def step(self, what: str) -> None:
         """Something new begins."""
-        self._step = what
+        self.current = what
         self._say()
 
     def tick(self) -> None:
@@ -88,14 +89,14 @@ class Progress:
             self._say()
 
     def done(self, what: str) -> None:
-        self._step = what
+        self.current = what
         self._say()
         if self._terminal:
             self._out.write("\n")
 
     def _say(self) -> None:
         self._said = self._clock()
-        line = f"[{self._said - self._began:4.0f} s] {self._step}"
+        line = f"[{self._said - self._began:4.0f} s] {self.current}"
         self._out.write(f"\r\x1b[K{line}" if self._terminal else f"{line}\n")
         self._out.flush()
 
@@ -158,11 +159,16 @@ class _Build:
         self._partial = Tree(tree.with_name(f"{tree.name}.partial"))
         self._progress = progress
         self._log = self._place / "build.log"
+        self._isolation = _isolation()
+        # unshare ignores anything less; without it, mmdebstrap is given the time to clean up.
+        self._stop = signal.SIGKILL if self._isolation else signal.SIGTERM
 
     def make(self, aptopts: Sequence[str], mirror: str | None) -> None:
         self._clear()
         with self._log.open("wb") as log:
             self._install(log, aptopts, mirror)
+            # An ordinary user could neither copy nor remove some of it, such as /etc/shadow-.
+            self._run(log, ["chmod", "--recursive", "u+rwX", str(self._partial.root)])
             self._partial.own.mkdir()
             for step in self._user_mode_linux, self._kernel, self._disk:
                 step(log)
@@ -187,7 +193,7 @@ class _Build:
     def _install(self, log: BinaryIO, aptopts: Sequence[str], mirror: str | None) -> None:
         """Debian, by way of a tar stream: so every file belongs to us, also where mmdebstrap has to use other ids."""
         self._progress.step("starting")
-        command = install_command(self._packages, aptopts, mirror)
+        command = [*self._isolation, *install_command(self._packages, aptopts, mirror)]
         extract = ["tar", "--extract", "--no-same-owner", "--exclude=./dev/*", "--directory", str(self._partial.root)]
         with (
             self._started(command, **_PIPES) as source,
@@ -207,12 +213,12 @@ class _Build:
         if os.geteuid() == 0:
             # An ordinary user's other ids may not reach this place, so for those it stays the system's.
             environment["TMPDIR"] = str(self._temporary)
-        tied_to_us = ["setpriv", "--pdeathsig", "TERM", *command]
+        tied_to_us = ["setpriv", "--pdeathsig", self._stop.name.removeprefix("SIG"), *command]
         process: subprocess.Popen[bytes] = subprocess.Popen(tied_to_us, env=environment, **streams)
         try:
             yield process
         except BaseException:
-            process.terminate()
+            process.send_signal(self._stop)
             raise
         finally:
             process.wait()
@@ -238,7 +244,7 @@ class _Build:
                 self._progress.step(meaning or line.removeprefix(begin))
 
     def _run(self, log: BinaryIO, command: Sequence[str], **environment: str) -> None:
-        """A program of the tree; raises LabError."""
+        """Raises LabError if the command fails."""
         settings = [f"{name}={value}" for name, value in environment.items()]
         with self._started(["env", *settings, *command], stdout=log, stderr=log) as process:
             while process.poll() is None:
@@ -246,7 +252,7 @@ class _Build:
                     process.wait(_TICK)
                 self._progress.tick()
         if process.returncode:
-            raise LabError(f"{Path(command[3]).name} failed; the whole story is in {self._log}")
+            raise LabError(f"making the lab failed at: {self._progress.current}; the whole story is in {self._log}")
 
     def _user_mode_linux(self, log: BinaryIO) -> None:
         tree = self._partial
@@ -282,6 +288,17 @@ class _Build:
         self._partial.root.rename(self._tree)
         for left in old, self._temporary:
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _isolation() -> list[str]:
+    """What takes away everything that mmdebstrap has mounted or started, if it is ended in the middle of its work.
+
+    For an ordinary user mmdebstrap makes namespaces itself; and a root that may not make any may not mount either.
+    """
+    if os.geteuid() != 0:
+        return []
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    return command if subprocess.run([*command, "true"], capture_output=True).returncode == 0 else []
 
 
 def install_command(packages: Path, aptopts: Sequence[str], mirror: str | None) -> list[str]:

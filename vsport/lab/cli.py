@@ -104,7 +104,9 @@ def _add_run(actions: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--memory", type=_memory, default=256, metavar="MIB", help="default: 256")
     parser.add_argument("--share", type=_directory, metavar="DIR", help="the guest sees it as /mnt/share")
     parser.add_argument("--timeout", type=_seconds, metavar="S", help="kill CMD after so many seconds")
-    parser.add_argument("--verbose", action="store_true", help="show the guest's console afterwards")
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what kernel and device said, afterwards"
+    )
     for option in "chardev", "device":
         parser.add_argument(
             f"--{option}", f"-{option}", action="append", default=[], metavar="ARGS", help="as in vsport serve"
@@ -174,7 +176,8 @@ def _run_in_guest(tree: Path, arguments: argparse.Namespace, command: Sequence[s
         chardevs, devices = _device_options(arguments, place)
         configuration = parse_configuration(chardevs, devices)
         options = [*(f"--chardev={text}" for text in chardevs), *(f"--device={text}" for text in devices)]
-        stack.enter_context(daemon(place / "vm.sock", options))
+        log = place / "vsport.log"
+        stack.enter_context(daemon(place / "vm.sock", options, log))
         guest = Guest(
             cast(GuestKind, arguments.guest),
             tree=tree,
@@ -185,7 +188,7 @@ def _run_in_guest(tree: Path, arguments: argparse.Namespace, command: Sequence[s
             share=arguments.share,
         )
         if arguments.verbose:
-            stack.callback(lambda: print(guest.console(), file=sys.stderr))
+            stack.callback(lambda: print(guest.console(), log.read_text(), sep="", file=sys.stderr))
         stack.enter_context(guest)
         return _carry_out(guest, command, arguments.timeout)
 

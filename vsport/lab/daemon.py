@@ -19,28 +19,41 @@ _ENDS_WITHIN = 5.0
 
 
 @contextmanager
-def daemon(socket_path: Path, options: Sequence[str], *, within: float = 60.0) -> Iterator[subprocess.Popen[bytes]]:
+def daemon(
+    socket_path: Path, options: Sequence[str], log: Path, *, within: float = 60.0
+) -> Iterator[subprocess.Popen[bytes]]:
     """Runs `vsport serve` with `options`, from when it listens on `socket_path` until the context is left, by SIGTERM.
 
-    Its messages go to our standard error. Raises LabError if it does not listen `within` so many seconds. It is not
-    tried by connecting: it serves one front end, and that would be it.
+    What it says goes to the file `log`. Raises LabError if it does not listen `within` so many seconds. That is not
+    found out by connecting: it serves one front end, and this would be it.
     """
     command = [sys.executable, "-m", "vsport", "serve", "--socket-path", str(socket_path), *options]
-    with subprocess.Popen(tied_to_us(command), stdin=subprocess.DEVNULL, start_new_session=True) as process:
-        try:
-            _wait_for(socket_path, process, time.monotonic() + within)
-            yield process
-        finally:
-            _end(process)
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            tied_to_us(command),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        if not _listens(socket_path, process, time.monotonic() + within):
+            raise LabError(f"the device did not start: {_last_line(log) or 'vsport serve does not listen yet'}")
+        yield process
+    finally:
+        _end(process)
 
 
-def _wait_for(socket_path: Path, process: subprocess.Popen[bytes], deadline: float) -> None:
+def _listens(socket_path: Path, process: subprocess.Popen[bytes], deadline: float) -> bool:
     while not socket_path.is_socket():
-        if process.poll() is not None:
-            raise LabError(f"the device did not start: vsport serve ended with exit code {process.returncode}")
-        if time.monotonic() > deadline:
-            raise LabError("the device did not start in time: vsport serve does not listen yet")
+        if process.poll() is not None or time.monotonic() > deadline:
+            return False
         time.sleep(_LOOK_AGAIN)
+    return True
+
+
+def _last_line(log: Path) -> str:
+    return "".join(log.read_text(errors="replace").splitlines()[-1:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -49,3 +62,4 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_ENDS_WITHIN)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait()

@@ -170,6 +170,7 @@ class Guest:
         self._numbers = itertools.count(1)
         self._commands: dict[int, GuestProcess] = {}
         self._undo = contextlib.ExitStack()
+        self._booted = self._gone = False
         self._ready: queue.SimpleQueue[list[str] | None] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -238,6 +239,8 @@ class Guest:
         number = next(self._numbers)
         process = self._commands[number] = GuestProcess(self, number, argv, source, sinks)
         process.start({"argv": list(argv), "env": dict(env or {}), "cwd": cwd})
+        if self._gone:
+            process.lost()
         return process
 
     def _start(self, undo: contextlib.ExitStack) -> None:
@@ -264,6 +267,7 @@ class Guest:
             elif (process := self._commands.get(frame.command)) is not None:
                 process.handle(frame)
         self._ready.put(None)
+        self._gone = True
         for process in list(self._commands.values()):
             process.lost()
 
@@ -274,13 +278,14 @@ class Guest:
             raise self.trouble(f"did not boot within {self._boot_timeout:g} seconds") from None
         if missing is None:
             raise self.trouble("ended instead of booting")
+        self._booted = True
         if missing:
             raise self.trouble(f"booted, but has no port named {' or '.join(missing)}")
 
     def _power_off(self) -> None:
         self.channel.send(Kind.POWEROFF)
         try:
-            self._process.wait(_POWER_OFF_WITHIN)
+            self._process.wait(_POWER_OFF_WITHIN if self._booted else 0)
         except subprocess.TimeoutExpired:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

@@ -5,17 +5,16 @@ Nothing here waits: sockets are non-blocking, and the loop says when to go on.
 
 from __future__ import annotations
 
-import errno
 import functools
 import logging
 import mmap
 import os
 import socket
-import stat
 from array import array
 from collections.abc import Callable
 
 from vsport._ring import Region
+from vsport.addresses import UnixAddress
 from vsport.device import SerialDevice
 from vsport.errors import FrontEndError, GuestError, HostError
 from vsport.loop import READ, WRITE, Loop, Timer
@@ -38,12 +37,10 @@ REPLY_SECONDS = 5.0
 POLL_SECONDS = 0.001
 """How often a ring without kick descriptor is looked at (R-VU-21)."""
 _ACCEPT_AGAIN_SECONDS = 1.0
-_BACKLOG = 8
-_SOCKET_PATH_MAX = 107
 _SIGNAL = encode_u64(1)
 
 
-class BrokenConnection(Exception):
+class _BrokenConnection(Exception):
     """The socket to the front end is of no more use; the text says why, if that is worth a line in the log."""
 
 
@@ -61,7 +58,7 @@ class Server:
         self.on_disconnected: Callable[[], None] = lambda: None
         """The front end has gone, and everything that came from it."""
         self._listener: socket.socket | None = None
-        self._own_file: tuple[str, int, int] | None = None
+        self._address: UnixAddress | None = None
         self._connection: Connection | None = None
         device.on_fault = self._on_fault
         device.on_config_change = self._on_config_change
@@ -80,10 +77,8 @@ class Server:
 
     def listen(self, path: str) -> None:
         """Listens on a Unix socket at ``path``, in place of one that a dead process left behind. Raises HostError."""
-        listener = _bind(path)
-        listener.listen(_BACKLOG)
-        status = os.stat(path)
-        self._own_file = (path, status.st_dev, status.st_ino)
+        self._address = UnixAddress(path)
+        (listener,) = self._address.listen()
         self._listen_on(listener)
 
     def adopt(self, fd: int) -> None:
@@ -138,9 +133,9 @@ class Server:
             self._listener = None
         if self._connection is not None:
             self._connection.close("closing")
-        if self._own_file is not None:
-            _remove_if_same(*self._own_file)
-            self._own_file = None
+        if self._address is not None:
+            self._address.forget()
+            self._address = None
 
     # -- hooks of the device -----------------------------------------------------------------------------------------
 
@@ -178,7 +173,7 @@ class Connection:
                 self._header = Header.decode(self._stream.take())
             if self._header is not None and self._stream.receive(self._header.size):
                 self._handle(self._header)
-        except BrokenConnection as exc:
+        except _BrokenConnection as exc:
             self.close(str(exc))
         except FrontEndError as exc:
             log.warning("connection ended, the front end broke a rule: %s", str(exc))
@@ -193,31 +188,30 @@ class Connection:
             self._send(reply)
 
     def _send(self, reply: bytes) -> None:
-        self._unsent = reply
-        self._patience = self.loop.call_later(REPLY_SECONDS, lambda: self.close("does not read its replies"))
-        self._writable(WRITE)
+        """Raises _BrokenConnection. While a reply is not out, nothing is read: who does not read gets no further."""
+        sock = self._stream.sock
+        self._unsent = reply[_send_some(sock, reply) :]
+        if self._unsent:
+            self._patience = self.loop.call_later(REPLY_SECONDS, lambda: self.close("does not read its replies"))
+            self.loop.watch(sock.fileno(), WRITE, self._writable)
 
     def _writable(self, _ready: int) -> None:
-        """Until a reply is out, nothing more is read: a front end that does not read gets no further."""
         sock = self._stream.sock
         try:
             self._unsent = self._unsent[_send_some(sock, self._unsent) :]
-        except BrokenConnection as exc:
+        except _BrokenConnection as exc:
             self.close(str(exc))
             return
-        if self._unsent:
-            self.loop.watch(sock.fileno(), WRITE, self._writable)
-            return
-        self.loop.watch(sock.fileno(), READ, self._readable)
-        if self._patience is not None:
-            self._patience.cancel()
+        if not self._unsent:
+            _cancel(self._patience)
+            self.loop.watch(sock.fileno(), READ, self._readable)
 
     def close(self, why: str) -> None:
         """Ends the connection and gives everything back that came through it."""
         log.info("front end disconnected: %s", why)
         self.loop.unwatch(self._stream.sock.fileno())
-        if self._patience is not None:
-            self._patience.cancel()
+        _cancel(self._patience)
+        _cancel(self._poll_timer)
         self.session.close()
         self._drop_channel()
         self._stream.close()
@@ -302,6 +296,11 @@ class Connection:
             self._channel = None
 
 
+def _cancel(timer: Timer | None) -> None:
+    if timer is not None:
+        timer.cancel()
+
+
 class _Channel:
     """The back-end channel: our requests go out, their answers come in whenever they come (R-VU-97)."""
 
@@ -317,7 +316,7 @@ class _Channel:
         """Sends a request. If there is no room for it, the front end has requests of ours to read as it is."""
         try:
             sent = _send_some(self._stream.sock, data)
-        except BrokenConnection as exc:
+        except _BrokenConnection as exc:
             self._lost(str(exc))
             return
         if 0 < sent < len(data):
@@ -334,10 +333,14 @@ class _Channel:
         try:
             if self._stream.receive(HEADER_SIZE + len(_SIGNAL)):
                 self._answered()
-        except (BrokenConnection, FrontEndError) as exc:
+        except _BrokenConnection as exc:
             self._lost(str(exc))
+        except FrontEndError as exc:
+            log.warning("the front end broke a rule on the back-end channel: %s", str(exc))
+            self._lost("refused")
 
     def _answered(self) -> None:
+        self._stream.drop_fds()
         request, result = decode_reply(self._stream.take())
         if result:
             log.warning("the front end refused request %d of ours: %d", request, result)
@@ -347,15 +350,14 @@ class _Channel:
             self._session.channel_free()
 
     def _lost(self, why: str) -> None:
-        log.warning("back-end channel closed: %s", why)
+        log.info("back-end channel closed: %s", why)
         self._session.channel_lost()
         self.close()
 
     def close(self) -> None:
         """Safe to call twice."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        _cancel(self._timer)
+        self._timer = None
         if self._stream.sock.fileno() >= 0:
             self._loop.unwatch(self._stream.sock.fileno())
             self._stream.close()
@@ -370,7 +372,7 @@ class _Stream:
         self._fds: list[int] = []
 
     def receive(self, size: int) -> bool:
-        """Whether ``size`` bytes are there by now. Raises BrokenConnection.
+        """Whether ``size`` bytes are there by now. Raises _BrokenConnection.
 
         Never reads more than that: descriptors that arrive belong to this message (R-VU-03).
         """
@@ -380,12 +382,12 @@ class _Stream:
             except BlockingIOError:
                 return False
             except OSError as exc:
-                raise BrokenConnection(exc.strerror) from exc
+                raise _BrokenConnection(exc.strerror) from exc
             self._fds += fds
             if flags & socket.MSG_CTRUNC or len(self._fds) > FDS_MAX:
-                raise BrokenConnection("more descriptors in a message than can be taken (R-VU-03)")
+                raise _BrokenConnection("more descriptors in a message than can be taken (R-VU-03)")
             if not data:
-                raise BrokenConnection("in the middle of a message" if self._data else "end of the connection")
+                raise _BrokenConnection("in the middle of a message" if self._data else "end of the connection")
             self._data += data
         return True
 
@@ -399,9 +401,12 @@ class _Stream:
         fds, self._fds = self._fds, []
         return fds
 
-    def close(self) -> None:
+    def drop_fds(self) -> None:
         for fd in self.take_fds():
             os.close(fd)
+
+    def close(self) -> None:
+        self.drop_fds()
         self.sock.close()
 
 
@@ -416,13 +421,13 @@ def _receive_with_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int],
 
 
 def _send_some(sock: socket.socket, data: bytes) -> int:
-    """Sends what there is room for; says how many bytes. Raises BrokenConnection."""
+    """Sends what there is room for; says how many bytes. Raises _BrokenConnection."""
     try:
         return sock.send(data)
     except BlockingIOError:
         return 0
     except OSError as exc:
-        raise BrokenConnection(exc.strerror) from exc
+        raise _BrokenConnection(exc.strerror) from exc
 
 
 def _stream_socket(fd: int) -> socket.socket | None:
@@ -455,54 +460,3 @@ def _map(region: MemoryRegion, fd: int) -> Region:
     except (OSError, ValueError, OverflowError) as exc:
         raise FrontEndError("R-VU-61", f"cannot map the region: {exc}", gpa=hex(region.gpa)) from exc
     return Region(region.gpa, region.size, region.front_end_addr, buffer, region.mmap_offset - start)
-
-
-# -- the socket file ---------------------------------------------------------------------------------------------------
-
-
-def _bind(path: str) -> socket.socket:
-    """A socket bound to ``path``. Raises HostError."""
-    if len(os.fsencode(path)) > _SOCKET_PATH_MAX:
-        raise HostError(f"socket path is longer than {_SOCKET_PATH_MAX} bytes: {path}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        try:
-            listener.bind(path)
-        except OSError as exc:
-            if exc.errno != errno.EADDRINUSE:
-                raise
-            _remove_stale(path)
-            listener.bind(path)
-    except OSError as exc:
-        listener.close()
-        raise HostError(f"cannot listen on {path}: {exc.strerror}") from exc
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _remove_stale(path: str) -> None:
-    """Removes a socket file that nobody listens on. Raises HostError if it is anything else."""
-    status = os.lstat(path)
-    if not stat.S_ISSOCK(status.st_mode):
-        raise HostError(f"cannot listen on {path}: it exists and is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            _remove_if_same(path, status.st_dev, status.st_ino)
-            return
-        except BlockingIOError:  # its backlog is full, so it is alive
-            pass
-    raise HostError(f"cannot listen on {path}: another process already serves it")
-
-
-def _remove_if_same(path: str, device: int, inode: int) -> None:
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if (status.st_dev, status.st_ino) == (device, inode):
-        os.unlink(path)

@@ -157,11 +157,11 @@ class Session:
         try:
             reply = self._perform(header, row, decoded, fds)
         except FrontEndError as exc:
-            if not self._can_refuse(header, row, decoded):
+            if row.replies or not (header.need_reply or self._shapes_a_ring(decoded)):
                 raise
             # As text: whoever keeps the error keeps its traceback, and with it mappings that have to go.
             log.warning("front end's %s refused: %s", header.name, str(exc))
-            return encode_reply(header.request, encode_u64(1)) if header.need_reply else None
+            return self._refuse(header, decoded)
         if reply is not None:
             return encode_reply(header.request, reply)
         # Asked here and not before: UML wants an acknowledgement of the message that negotiates it (R-VU-06).
@@ -175,17 +175,16 @@ class Session:
         handler: Callable[[Any, list[int]], bytes | None] = getattr(self, row.handler)
         return handler(payload, fds)
 
-    def _can_refuse(self, header: Header, row: Row, payload: Payload) -> bool:
-        """Whether the front end can live with a refusal, because it hears of it or because one ring suffers."""
-        if row.replies:
-            return False
+    def _shapes_a_ring(self, payload: Payload) -> bool:
+        """A ring's layout comes from the guest: a bad one costs that ring, not the connection (R-RING-70 to 84)."""
+        return isinstance(payload, VringState | VringAddress) and payload.index < len(self.vrings)
+
+    def _refuse(self, header: Header, payload: Payload) -> bytes | None:
         if header.need_reply:
-            return True
-        if isinstance(payload, VringState | VringAddress) and payload.index < len(self.vrings):
-            # A ring's layout comes from the guest: a bad one must not cost the connection (R-RING-70 to 84).
+            return encode_reply(header.request, encode_u64(1))
+        if isinstance(payload, VringState | VringAddress):
             self.queue_failed(payload.index)
-            return True
-        return False
+        return None
 
     # -- features and the like -----------------------------------------------------------------------------------------
 
@@ -239,8 +238,9 @@ class Session:
             raise FrontEndError("R-VU-27", "unknown flags of SET_CONFIG", flags=hex(config.flags))
 
     def get_status(self, _: None, __: list[int]) -> bytes:
-        broken = any(queue.fault is not None for queue in self.device.queues)  # R-RING-63
-        return encode_u64(self.status | (_STATUS_NEEDS_RESET if broken else 0))
+        queues = zip(self.vrings, self.device.queues, strict=True)
+        broken = any(vring.live and queue.fault is not None for vring, queue in queues)
+        return encode_u64(self.status | (_STATUS_NEEDS_RESET if broken else 0))  # R-RING-63
 
     def set_status(self, status: int, _: list[int]) -> None:
         """Only 0 means something: queues do not wait for DRIVER_OK, which QEMU never sends (R-VU-35, R-VU-36)."""
@@ -286,7 +286,7 @@ class Session:
         """Replaces the table, also under live rings: each is stopped, translated anew, and goes on (R-VU-63)."""
         self.memory = Memory(regions)
         for index, vring in enumerate(self.vrings):
-            if vring.live:
+            if vring.live and self.device.queues[index].running:  # a broken one stays broken
                 self._move_ring(index, vring)
 
     def _move_ring(self, index: int, vring: Vring) -> None:
@@ -352,7 +352,7 @@ class Session:
         new = self._take_writable(fds)
         self._close(vring.call_fd)
         vring.call_fd = self.device.queues[payload.index].call_fd = new
-        if vring.live:
+        if vring.live and new >= 0:
             self.edge.signal(new)
 
     def set_vring_err(self, payload: VringFd, fds: list[int]) -> None:

@@ -33,6 +33,8 @@ ENVIRONMENT = {
 STDIN, STDOUT, STDERR = 0, 1, 2
 NOT_EXECUTABLE, NOT_FOUND = 126, 127
 PORTS_APPEAR_WITHIN = 10.0
+LINKS = {"/dev/fd": "/proc/self/fd", "/dev/stdin": "fd/0", "/dev/stdout": "fd/1", "/dev/stderr": "fd/2"}
+"""What a system's start-up adds to the kernel's device nodes."""
 
 
 class Command:
@@ -129,6 +131,8 @@ def missing_ports(names: list[str]) -> list[str]:
 
 
 def main(line: str) -> None:
+    for link, target in LINKS.items():
+        os.symlink(target, link)
     fd = open_line(line)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with open(f"{HERE}/ports.json") as file:
