@@ -42,7 +42,15 @@ def vsport(*arguments, **options):
         ["serve", "--socket-path", "/x", "--device", "virtserialport,chardev=none"],
         ["serve", "--socket-path", "/x", "--device", "virtserialport,name=\x01"],
         ["serve", "--socket-path", "/x", "--device", "virtserialport,nr=1e3"],
-        ["serve", "--socket-path", "/x", "--chardev", "file,id=c0,path=/proc/nope/x", "--device", "virtserialport,chardev=c0"],
+        [
+            "serve",
+            "--socket-path",
+            "/x",
+            "--chardev",
+            "file,id=c0,path=/proc/nope/x",
+            "--device",
+            "virtserialport,chardev=c0",
+        ],
         ["serve", "--socket-path", "/x", "--chardev", "ringbuf,id=c0,size=3", "--device", "virtserialport,chardev=c0"],
         ["demo", "--guest", "windows"],
         ["demo", "surplus"],
@@ -61,7 +69,9 @@ def test_nonsense_gives_one_line_and_no_traceback(arguments):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], ["serve"], ["demo"], ["lab"], ["completion"]], ids=lambda a: " ".join(a) or "-")
+@pytest.mark.parametrize(
+    "arguments", [[], ["serve"], ["demo"], ["lab"], ["completion"]], ids=lambda a: " ".join(a) or "-"
+)
 def test_every_command_has_help(arguments):
     done = vsport(*arguments, "--help")
     assert done.returncode == 0

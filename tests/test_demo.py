@@ -1,5 +1,6 @@
 """The story: told to its end, as text and as JSON."""
 
+import itertools
 import json
 
 from vsport import demo
@@ -18,7 +19,7 @@ def test_as_json_each_thing_is_an_object_a_line(capsys):
     assert demo.run(demo.simulated, as_json=True) == 0
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [thing["who"] for thing in told[:2]] == ["guest", "host"]
-    assert all(earlier["seconds"] <= later["seconds"] for earlier, later in zip(told, told[1:], strict=False))
+    assert all(earlier["seconds"] <= later["seconds"] for earlier, later in itertools.pairwise(told))
 
 
 def test_the_timeline_shows_who_was_connected_when():

@@ -124,7 +124,7 @@ def test_an_emergency_character_without_a_console_is_dropped():
         device.write_config(8, bytes(5))
 
 
-# -- conversation --------------------------------------------------------------------------------------------------------
+# -- conversation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", [LINUX, HOSTILE], ids=lambda profile: profile.name)
@@ -244,7 +244,7 @@ def test_a_control_message_that_makes_no_sense_is_taken_and_dropped(data):
 @given(st.lists(st.binary(max_size=24), max_size=30))
 @settings(max_examples=200, deadline=None)
 def test_any_conversation_is_survived(datas):
-    device, guest = make(queue_size=4)
+    _device, guest = make(queue_size=4)
     ring = guest.ring(QUEUE_CONTROL_TX, 4096)
     for data in datas:
         assert ring.send(data)
@@ -270,7 +270,7 @@ def test_a_guest_that_slept_knows_its_ports():
     assert [Message.decode(control.take()).event for _ in range(2)] == [Event.PORT_NAME, Event.PORT_OPEN]
 
 
-# -- opening and closing -------------------------------------------------------------------------------------------------
+# -- opening and closing ---------------------------------------------------------------------------------------------
 
 
 def test_the_back_end_hears_of_open_and_close_with_the_cause():
@@ -437,7 +437,7 @@ def test_a_console_hears_its_size():
             device.resize(id, cols, 25)
 
 
-# -- reset and faults ----------------------------------------------------------------------------------------------------
+# -- reset and faults ------------------------------------------------------------------------------------------------
 
 
 def test_a_reset_forgets_the_guest_and_keeps_the_host():

@@ -62,6 +62,15 @@ def test_a_ready_port_is_announced_in_order():
     ]
 
 
+def test_sizes_can_be_said_as_old_kernels_read_them():
+    """R-CON-26."""
+    port, notes = make(console=True, cols=100, rows=30, rows_first=True)
+    port.feed(Cause.PORT_READY)
+    assert notes.told[1] == Message.resize(1, 30, 100)
+    port.resize(132, 43)
+    assert notes.told[-1].size() == (43, 132)
+
+
 def test_a_port_without_a_name_says_none():
     port, notes = make()
     port.feed(Cause.PORT_READY)

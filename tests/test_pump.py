@@ -19,9 +19,7 @@ from vsport.sim import HOSTILE, LINUX
 def world(request, tmp_path):
     """One port, org.test.1, behind a Unix socket; parametrise indirectly with a profile."""
     profile = getattr(request, "param", LINUX)
-    with contextlib.closing(
-        World([unix_chardev(1, tmp_path / "1")], [generic_port(1)], profile=profile)
-    ) as made:
+    with contextlib.closing(World([unix_chardev(1, tmp_path / "1")], [generic_port(1)], profile=profile)) as made:
         made.path = tmp_path / "1"
         yield made
 
@@ -230,9 +228,12 @@ def test_a_port_is_unplugged_with_its_chardev_and_plugged_again_under_load(tmp_p
 
 def test_a_console_never_waits_for_its_host(tmp_path):
     """R-CON-45: the sender spins with a lock held, so what a full host does not take is dropped, and counted."""
-    with contextlib.closing(
-        World([unix_chardev(1, tmp_path / "1")], ["virtconsole,chardev=c1,name=org.test.console"])
-    ) as world, unix_client(tmp_path / "1"):
+    with (
+        contextlib.closing(
+            World([unix_chardev(1, tmp_path / "1")], ["virtconsole,chardev=c1,name=org.test.console"])
+        ) as world,
+        unix_client(tmp_path / "1"),
+    ):
         world.wait(lambda: world.guest.ports[0].console and world.guest.ports[0].host_connected)
         console = world.guest.ports[0]
         for _ in range(3000):
@@ -244,9 +245,10 @@ def test_a_console_never_waits_for_its_host(tmp_path):
 
 def test_an_emergency_character_reaches_the_host_of_a_console(tmp_path):
     """R-CON-07."""
-    with contextlib.closing(
-        World([unix_chardev(1, tmp_path / "1")], ["virtconsole,chardev=c1"])
-    ) as world, unix_client(tmp_path / "1") as host:
+    with (
+        contextlib.closing(World([unix_chardev(1, tmp_path / "1")], ["virtconsole,chardev=c1"])) as world,
+        unix_client(tmp_path / "1") as host,
+    ):
         world.device.write_config(8, b"!\0\0\0")
         world.wait(lambda: world.device.ports[0].state.host_connected)
         world.device.write_config(8, b"?\0\0\0")
@@ -311,9 +313,12 @@ def test_input_that_ended_before_the_guest_opened_is_kept_for_it():
 
 
 def test_the_log_has_what_the_host_took(tmp_path):
-    with contextlib.closing(
-        World([unix_chardev(1, tmp_path / "1") + f",logfile={tmp_path}/log"], [generic_port(1)])
-    ) as world, unix_client(tmp_path / "1") as host:
+    with (
+        contextlib.closing(
+            World([unix_chardev(1, tmp_path / "1") + f",logfile={tmp_path}/log"], [generic_port(1)])
+        ) as world,
+        unix_client(tmp_path / "1") as host,
+    ):
         port = world.port("org.test.1")
         port.open()
         host_is(world, port, True)

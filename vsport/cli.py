@@ -14,7 +14,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 from vsport.errors import HostError, UsageError
@@ -55,7 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"vsport {_version()}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_serve(commands)
     _add_demo(commands)
@@ -64,11 +63,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _version() -> str:
-    try:
-        return version("vsport")
-    except PackageNotFoundError:
-        return "(not installed)"
+class _Version(argparse.Action):
+    """Looks the version up only when it is asked for: that takes longer than all the rest of a start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print(f"vsport {version('vsport')}")
+        except PackageNotFoundError:
+            parser.exit(1, "vsport: it is not installed, so it has no version\n")
+        parser.exit()
 
 
 _Commands = argparse._SubParsersAction  # argparse has no public name for it
@@ -203,5 +208,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def main_serve() -> int:
-    """The program `vhost-user-vsport`: `vsport serve` for those who run a back end without a command word (R-VU-102)."""
+    """The program `vhost-user-vsport`: `vsport serve` for those who start back ends by path alone (R-VU-102)."""
     return main(["serve", *sys.argv[1:]])

@@ -1,8 +1,8 @@
 """How a port is connected: a table, and the only code that moves a port.
 
-Three bits make the state. ``host_connected``: the back end's transport has a peer. ``device_ready``: the guest's driver has
-said PORT_READY since the last reset. ``guest_connected``: a program in the guest holds the port open. Seen from outside
-these are the four states A to D of a connection with two ends, the back end and the client (the guest's half):
+Three bits make the state. ``host_connected``: the back end's transport has a peer. ``device_ready``: the guest's driver
+has said PORT_READY since the last reset. ``guest_connected``: a program in the guest holds the port open. Seen from
+outside these are the four states A to D of a connection with two ends, the back end and the client (the guest's half):
 
     A  both are there     B  neither     C  only the back end     D  only the client
 

@@ -1,6 +1,6 @@
 """The control queue's messages (5.3.6.2): one codec for both directions.
 
-Total in both directions: ``decode`` gives a message or raises GuestError, whatever the bytes; ``encode`` is its inverse.
+``decode`` gives a message or raises GuestError, whatever the bytes; ``encode`` is its inverse.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class Message:
             raise GuestError("R-CON-30", "unknown control event", event=event, port=port) from None
 
     @classmethod
-    def resize(cls, port: int, cols: int, rows: int) -> Message:
-        """RESIZE with its fields in the specification's order (R-CON-25)."""
-        return cls(port, Event.RESIZE, 0, _RESIZE.pack(cols, rows))
+    def resize(cls, port: int, cols: int, rows: int, *, rows_first: bool = False) -> Message:
+        """RESIZE with its fields in the specification's order, or as older kernels read them (R-CON-25, R-CON-26)."""
+        return cls(port, Event.RESIZE, 0, _RESIZE.pack(*((rows, cols) if rows_first else (cols, rows))))
 
     @classmethod
     def name(cls, port: int, name: str) -> Message:

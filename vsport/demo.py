@@ -1,7 +1,7 @@
 """`vsport demo`: the main job in a minute, as a story with a timeline.
 
-The story is told by a Stage. It does the same on all of them: a guest opens its port, bytes flow both ways, the host leaves and
-returns, the guest closes. Only the guest differs: simulated here, or a real Linux kernel in vsport.lab.demo.
+The story is the same on every Stage: a guest opens its port, bytes flow both ways, the host leaves and returns, the
+guest closes. Only the guest differs: simulated here, or a real Linux kernel in vsport.lab.demo.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -121,10 +121,8 @@ class HostProgram:
 
     def heard(self) -> bytes:
         """Everything that it has read so far."""
-        try:
+        with suppress(BlockingIOError):
             self._heard += self._socket.recv(65536)
-        except BlockingIOError:
-            pass
         return self._heard
 
     def leaves(self) -> None:
@@ -159,11 +157,9 @@ class SimulatedStage:
 
     def _run_guest(self) -> None:
         self._guest.run()
-        try:
+        with suppress(BlockingIOError):
             while self._port.is_open and (data := self._port.read()):
                 self._heard += data
-        except BlockingIOError:
-            pass
 
     def wait(self, condition: Callable[[], object], what: str) -> None:
         if not self._loop.run_until(condition, PATIENCE):

@@ -1,7 +1,7 @@
 """The device: features, configuration space, queues, ports, and the conversation on the control queues.
 
-Pure state: it is told what happened (a kick, a queue that started, a host that came) and works on the rings at once. What
-it cannot do itself, it asks of the hooks ``on_*``, which whoever attaches it to a front end or to a simulated guest sets.
+Pure state: it is told what happened (a kick, a queue that started, a host that came) and works on the rings at once.
+What it cannot do itself it asks of the hooks ``on_*``, set by whoever attaches it to a front end or a simulated guest.
 """
 
 from __future__ import annotations
@@ -100,13 +100,13 @@ class SerialDevice:
         self.negotiated = features
 
     def read_config(self, offset: int, size: int) -> bytes:
-        """``size`` bytes of the configuration space; raises FrontEndError beyond its end. emerg_wr reads as 0 (R-CON-07)."""
+        """Bytes of the configuration space; raises FrontEndError beyond its end. emerg_wr reads as 0 (R-CON-07)."""
         if offset < 0 or size < 0 or offset + size > CONFIG_SIZE:
             raise FrontEndError("5.3.4", "read beyond the configuration space", offset=offset, size=size)
         return struct.pack(CONFIG_LAYOUT, self.cols, self.rows, self.max_ports, 0)[offset : offset + size]
 
     def write_config(self, offset: int, data: bytes) -> None:
-        """The guest wrote to the configuration space: only emerg_wr means something (R-CON-09). Raises FrontEndError."""
+        """The guest wrote to the configuration space: only emerg_wr counts (R-CON-09). Raises FrontEndError."""
         if offset < 0 or offset + len(data) > CONFIG_SIZE:
             raise FrontEndError("5.3.4", "write beyond the configuration space", offset=offset, size=len(data))
         position = CONFIG_EMERG_WR - offset

@@ -1,9 +1,9 @@
-"""A device with its ports and their chardevs, on a loop: what `vsport serve` runs, and what programs can run themselves.
+"""A device with its ports and their chardevs, on a loop: what `vsport serve` runs, and any program can run.
 
-    loop = Loop()
-    host = Host(loop, parse_configuration(["socket,id=c0,path=/run/a.sock,server=on"], ["virtserialport,chardev=c0"]))
-    host.open()
-    loop.run()
+loop = Loop()
+host = Host(loop, parse_configuration(["socket,id=c0,path=/run/a.sock,server=on"], ["virtserialport,chardev=c0"]))
+host.open()
+loop.run()
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["Host"]
 
 
 class Host:
-    """Makes everything that ``configuration`` names; raises UsageError. Nothing of the machine is touched before open()."""
+    """Makes all that ``configuration`` names; raises UsageError. It touches nothing of the machine before open()."""
 
     def __init__(self, loop: Loop, configuration: Configuration) -> None:
         self.loop = loop
@@ -41,7 +41,9 @@ class Host:
         if option.nr == 0 and not option.console:
             raise UsageError("port number 0 is for a console (virtconsole): generic ports start at nr=1")
         id = self.device.free_port_id(console=option.console) if option.nr is None else option.nr
-        port = self.device.add_port(PortConfig(id, option.name, option.console, option.cols, option.rows))
+        port = self.device.add_port(
+            PortConfig(id, option.name, option.console, option.cols, option.rows, option.rows_first)
+        )
         if option.chardev:
             pump = self.pumps[id] = PortPump(self.loop, port, self.chardevs[option.chardev])
             self.device.attach(port, pump)

@@ -49,6 +49,8 @@ class PortOption:
     """The port number, or None: the lowest free one."""
     cols: int = 80
     rows: int = 25
+    rows_first: bool = False
+    """For consoles of Linux before 6.15, which takes rows for columns (R-CON-26)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,9 @@ def _parse_devices(texts: list[str], chardevs: tuple[ChardevOption, ...]) -> Con
     max_ports, bus_id = bus or (PORTS_DEFAULT, "")
     for text, _port, wanted in ports:
         if wanted and wanted.removesuffix(".0") != bus_id:
-            raise UsageError(f"--device {text}: there is no bus {wanted!r}; give --device virtio-serial an id, or leave it")
+            raise UsageError(
+                f"--device {text}: there is no bus {wanted!r}; give --device virtio-serial an id, or leave it"
+            )
     return Configuration(max_ports, bus_id, chardevs, tuple(port for _text, port, _wanted in ports))
 
 
@@ -143,7 +147,7 @@ def _parse_bus(text: str, options: dict[str, str]) -> tuple[int, str]:
 
 
 def _parse_port(text: str, options: dict[str, str], *, console: bool) -> PortOption:
-    known = {"id", "chardev", "name", "nr", "bus"} | ({"cols", "rows"} if console else set())
+    known = {"id", "chardev", "name", "nr", "bus"} | ({"cols", "rows", "x-rows-first"} if console else set())
     _check_known(text, options, known)
     if "id" in options:
         _check_id("--device", text, options["id"])
@@ -156,6 +160,7 @@ def _parse_port(text: str, options: dict[str, str], *, console: bool) -> PortOpt
         nr=_number(text, options, "nr", 0, PORTS_MAX - 1),
         cols=80 if cols is None else cols,
         rows=25 if rows is None else rows,
+        rows_first=_on_off(text, options, "x-rows-first"),
     )
 
 
@@ -172,6 +177,13 @@ def _number(text: str, options: dict[str, str], key: str, low: int, high: int) -
     if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
         raise UsageError(f"--device {text}: {key}={value} is not a number from {low} to {high}")
     return int(value)
+
+
+def _on_off(text: str, options: dict[str, str], key: str) -> bool:
+    value = options.get(key, "off")
+    if value not in {"on", "off"}:
+        raise UsageError(f"--device {text}: {key}={value} is not on or off")
+    return value == "on"
 
 
 def _check_id(option: str, text: str, id: str) -> None:

@@ -77,6 +77,8 @@ class PortConfig:
     console: bool = False
     cols: int = 80
     rows: int = 25
+    rows_first: bool = False
+    """Sizes are said as Linux before 6.15 reads them, which no device can find out (R-CON-26)."""
 
     def __post_init__(self) -> None:
         if _BAD_IN_NAME.search(self.name) or self.name in {".", ".."}:
@@ -169,13 +171,17 @@ class Port:
         """The terminal behind a console port has another size (R-CON-25). Raises UsageError if it is out of range."""
         self.config = replace(self.config, cols=cols, rows=rows)
         if self.state.device_ready:
-            self.links.tell(Message.resize(self.id, cols, rows))
+            self._tell_size()
+
+    def _tell_size(self) -> None:
+        config = self.config
+        self.links.tell(Message.resize(self.id, config.cols, config.rows, rows_first=config.rows_first))
 
     def _announce(self) -> None:
         """What the port is, in the order that QEMU's guests are used to (R-CON-31)."""
         if self.console:
             self.links.tell(Message(self.id, Event.CONSOLE_PORT, 1))
-            self.links.tell(Message.resize(self.id, self.config.cols, self.config.rows))
+            self._tell_size()
         if self.name:
             self.links.tell(Message.name(self.id, self.name))
 
@@ -189,7 +195,7 @@ class Port:
             self.discard()
 
     def discard(self) -> None:
-        """Returns what the guest has sent, a half-consumed chain included, and counts the bytes (R-CON-44, R-CON-48)."""
+        """Returns what the guest has sent, a half-consumed chain too, and counts the bytes (R-CON-44, R-CON-48)."""
         with self.blaming(self.tx):
             self.counters.bytes_discarded += self.tx.discard()
             self.notify(self.tx)

@@ -1,7 +1,7 @@
 """Between a port's rings and its chardev: says when bytes move; how they move is _ring's business.
 
-Each direction stops on its own when one side has nothing, or no room, and goes on when the loop or a kick says that this
-has changed. A slow host therefore stops its own port's transmit ring and nothing else, and a guest without receive
+Each direction stops on its own when one side has nothing, or no room, and goes on when the loop or a kick says that
+this has changed. A slow host therefore stops its own port's transmit ring and nothing else, and a guest without receive
 buffers leaves the host's bytes in the transport.
 """
 
@@ -226,8 +226,9 @@ class PortPump:
     def _wanted(self) -> dict[int, int]:
         """Events by descriptor. A guest that is away is no reason to miss that the host leaves, so RDHUP is always on.
 
-        But while the guest has the port open and no buffers, what the host said last is still to be read: then the hang-up,
-        which epoll cannot be asked to keep to itself, is left alone by not watching at all.
+        But while the guest has the port open and no buffers, what the host said last is still to be read: then the
+        hang-up, which epoll cannot be asked to keep to itself, is left alone by not watching at all. And where the end
+        of the input does not end the session, it is not looked for before there is a guest to read it.
         """
         wanted: dict[int, int] = {}
         reading, read_fd, write_fd = self._reading(), self.chardev.read_fd, self.chardev.write_fd

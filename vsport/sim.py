@@ -253,7 +253,7 @@ class GuestPort:
             self.discard_input()
 
     def read(self, size: int = PAGE) -> bytes:
-        """At most the rest of one buffer; b"" is end of file; raises BlockingIOError, OSError (R-GUEST-06, R-GUEST-07)."""
+        """At most the rest of one buffer; b"" is end of file; raises BlockingIOError, OSError (R-GUEST-06, 07)."""
         self._check_plugged()
         self._unread = self._unread or self._rx.take() or b""
         if not self._unread and self.host_connected:
@@ -262,7 +262,7 @@ class GuestPort:
         return data
 
     def write(self, data: bytes) -> int:
-        """Queues at most ``profile.write_max`` bytes; raises BlockingIOError if the host is away or the ring is full."""
+        """Queues ``profile.write_max`` bytes at most; raises BlockingIOError: the host is away, or the ring full."""
         self._check_plugged()
         if not self.host_connected:
             raise BlockingIOError("the host is not connected")
@@ -295,7 +295,7 @@ class GuestPort:
 class SimulatedGuest:
     """A guest kernel with the virtio_console driver, and the programs that use it.
 
-    Interrupts are only noted; ``run()`` handles them, and every method of a port that talks to the device does so first.
+    Interrupts are passed on to ``on_interrupt``; ``run()`` handles them.
     """
 
     def __init__(
