@@ -45,7 +45,10 @@ def _subject() -> _Subject:
 def _message(chance: random.Random) -> bytes:
     """Mostly a message that could be, often with something wrong about it."""
     data = struct.pack(
-        "<IHH", chance.choice(PORTS), chance.choice((0, 3, 3, 6, 6, 6, 1, 2, 4, 5, 7, 8, 0xFFFF)), chance.choice((0, 1, 1, 2))
+        "<IHH",
+        chance.choice(PORTS),
+        chance.choice((0, 3, 3, 6, 6, 6, 1, 2, 4, 5, 7, 8, 0xFFFF)),
+        chance.choice((0, 1, 1, 2)),
     )
     data += chance.randbytes(chance.choice((0, 0, 0, 1, 40)))
     return data[: chance.choice((len(data), len(data), len(data), 7, 4, 0))]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from chardev_peers import HOSTS, Rig, Wire
 
+from vsport.addresses import TcpAddress
 from vsport.chardev import make
 from vsport.chardev import socket as chardev_socket
-from vsport.addresses import TcpAddress
 from vsport.errors import HostError
 from vsport.loop import WRITE
 

@@ -125,3 +125,19 @@ def test_a_reader_that_has_seen_enough_gets_no_complaint():
     )
     assert json.loads(done.stdout)["who"] == "guest"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (["--chardev", "help"], "ringbuf"),
+        (["--chardev", "socket,help"], "reconnect-ms=N"),
+        (["--device", "help"], "virtserialport"),
+        (["--device", "virtconsole,help"], "rows=N"),
+        (["--device", "virtio-serial,help"], "(default: 31)"),
+    ],
+)
+def test_options_explain_themselves(option, says):
+    done = vsport("serve", *option)
+    assert done.returncode == 0
+    assert says in done.stdout

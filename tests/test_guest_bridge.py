@@ -250,9 +250,10 @@ class Leaves:
 
     patience = None
 
-    def collect(self) -> None: ...
+    def collect(self) -> int:
+        return 0
 
-    def count_buffer(self) -> None: ...
+    def count_buffers(self, count: int) -> None: ...
 
     def changes(self) -> list[bool]:
         return [False, True]

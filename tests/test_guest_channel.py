@@ -282,7 +282,7 @@ def test_data_is_no_change_of_the_host(ends: Ends) -> None:
             host.send(b"x")
         watch.collect()
         while channel.read_now(1):
-            watch.count_buffer()
+            watch.count_buffers(1)
         assert (watch.changes(), watch.connected, watch.patience) == ([], True, None)
 
 

@@ -73,8 +73,8 @@ def test_a_whole_command_line():
         (["null,id=c0,id=c1"], [], "given twice"),
         (["null,id=c0", "null,id=c0"], [], "given to two"),
         ([], ["floppy"], "unknown device 'floppy'; known are virtserialport, virtconsole"),
-        ([], ["virtserialport,colour=red"], "unknown option colour="),
-        ([], ["virtserialport,cols=80"], "unknown option cols="),
+        ([], ["virtserialport,colour=red"], "unknown option 'colour'; known: bus, chardev, id, name, nr"),
+        ([], ["virtserialport,cols=80"], "unknown option 'cols'"),
         ([], ["virtserialport,chardev=c9"], "no --chardev with id=c9"),
         (["null,id=c0"], ["virtserialport,chardev=c0", "virtserialport,chardev=c0"], "used by two ports"),
         ([], ["virtserialport,nr=127"], "from 0 to 126"),
@@ -86,7 +86,7 @@ def test_a_whole_command_line():
         ([], ["virtio-serial,id=a", "virtserialport,bus=vs.0"], "no bus 'vs.0'"),
         ([], ["virtserialport,id=a", "virtserialport,id=a"], "given to two"),
         ([], ["virtconsole,cols=65536"], "from 0 to 65535"),
-        ([], ["virtconsole,x-rows-first=yes"], "is not on or off"),
+        ([], ["virtconsole,x-rows-first=yes"], "must be on or off"),
     ],
 )
 def test_nonsense_is_named(chardevs, devices, says):

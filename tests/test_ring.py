@@ -617,7 +617,7 @@ def test_another_thread_cannot_enter_a_queue_while_it_waits_in_a_system_call(mak
     results: list[Status] = []
     thread = threading.Thread(target=lambda: results.append(pair.device.fill(read_fd, budget=4)))
     thread.start()
-    with pytest.raises(RuntimeError, match="queue 1 is busy"):  # noqa: PT012
+    with pytest.raises(RuntimeError, match="queue 1 is busy"):
         while thread.is_alive():
             pair.device.pending()
     os.write(write_fd, b"abcd")

@@ -19,9 +19,7 @@ class World:
         self.loop = Loop()
         self.host = Host(self.loop, parse_configuration(chardevs, devices))
         self.device = self.host.device
-        self.guest = SimulatedGuest(
-            Direct(self.device), profile=profile, queue_size=queue_size, features=features
-        )
+        self.guest = SimulatedGuest(Direct(self.device), profile=profile, queue_size=queue_size, features=features)
         self.guest.on_interrupt = lambda: self.loop.call_soon(self.guest.run)
         self.host.open()
         self.guest.boot()

@@ -105,7 +105,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         action="append",
         default=[],
         metavar="DEVICE[,...]",
-        help="a port (virtserialport, virtconsole: chardev=, name=, id=, nr=) or virtio-serial,max_ports=N",
+        help="a port, virtserialport or virtconsole, or virtio-serial,max_ports=N; DEVICE,help lists its options",
     )
     serve.add_argument(
         "--log-level", choices=["error", "warning", "info", "debug"], default="warning", help="default: warning"
@@ -148,15 +148,17 @@ def _add_completion(commands: _Commands[_Parser]) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    from vsport.serve import CAPABILITIES, description, serve
+    from vsport import serve
 
     if arguments.print_capabilities:
-        print(CAPABILITIES)
-        return 0
-    if arguments.print_description:
-        print(description())
-        return 0
-    return serve(arguments)
+        print(serve.CAPABILITIES)
+    elif arguments.print_description:
+        print(serve.description())
+    elif told := serve.option_help(arguments.chardev, arguments.device):
+        print(told)
+    else:
+        return serve.serve(arguments)
+    return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:

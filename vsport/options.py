@@ -11,20 +11,44 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from typing import Any
 
 from vsport.constants import PORTS_DEFAULT, PORTS_MAX
 from vsport.errors import UsageError
+from vsport.option_table import Option, between, on_off, parse, text
 
-__all__ = ["ChardevOption", "Configuration", "PortOption", "parse_configuration", "split_options"]
+__all__ = ["DEVICES", "ChardevOption", "Configuration", "PortOption", "parse_configuration", "split_options"]
 
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _FLAGS = {"server": ("server", "on"), "wait": ("wait", "on"), "nowait": ("wait", "off"), "append": ("append", "on")}
 """Words that QEMU has long taken without a value."""
 
-_BUSES = ("virtio-serial", "virtio-serial-pci", "virtio-serial-device")
-_PORTS = {"virtserialport": False, "virtconsole": True}
-"""The devices that are ports, and whether they are consoles."""
+_BUS: Mapping[str, Option] = {
+    "max_ports": Option(between(1, PORTS_MAX), PORTS_DEFAULT, "how many ports the guest can have at a time"),
+    "id": Option(text, "", "a name, which ports may give as bus=ID.0"),
+}
+_PORT: Mapping[str, Option] = {
+    "chardev": Option(text, "", "the id of the --chardev behind the port; without one, no host ever comes"),
+    "name": Option(text, "", "what the guest sees in /dev/virtio-ports, by custom org.example.NAME.0"),
+    "nr": Option(between(0, PORTS_MAX - 1), None, "the port's number; the lowest free one if it is not given"),
+    "id": Option(text, "", "a name for messages"),
+    "bus": Option(text, "", "the device that the port belongs to, ID.0"),
+}
+_CONSOLE: Mapping[str, Option] = {
+    **_PORT,
+    "cols": Option(between(0, 0xFFFF), 80, "columns of the terminal"),
+    "rows": Option(between(0, 0xFFFF), 25, "rows of the terminal"),
+    "x-rows-first": Option(on_off, False, "say sizes as Linux before 6.15 reads them (R-CON-26)"),
+}
+DEVICES: Mapping[str, Mapping[str, Option]] = {
+    "virtserialport": _PORT,
+    "virtconsole": _CONSOLE,
+    "virtio-serial": _BUS,
+    "virtio-serial-pci": _BUS,
+    "virtio-serial-device": _BUS,
+}
+"""What --device can be, and with which options."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +85,7 @@ class Configuration:
     bus: str = ""
     """The user's name for the device, e.g. ``vs``: ports may say ``bus=vs.0``."""
     chardevs: tuple[ChardevOption, ...] = ()
-    ports: tuple[PortOption, ...] = field(default=())
+    ports: tuple[PortOption, ...] = ()
 
 
 def split_options(text: str) -> tuple[str, dict[str, str]]:
@@ -118,72 +142,40 @@ def _parse_chardev(text: str) -> ChardevOption:
 
 
 def _parse_devices(texts: list[str], chardevs: tuple[ChardevOption, ...]) -> Configuration:
-    bus: tuple[int, str] | None = None
-    ports: list[tuple[str, PortOption, str]] = []
-    for text in texts:
-        kind, options = split_options(text)
-        if kind in _BUSES:
-            if bus is not None:
-                raise UsageError(f"--device {text}: one vsport serve is one virtio-serial device")
-            bus = _parse_bus(text, options)
-        elif kind in _PORTS:
-            ports.append((text, _parse_port(text, options, console=_PORTS[kind]), options.get("bus", "")))
-        else:
-            known = ", ".join([*_PORTS, *_BUSES])
-            raise UsageError(f"--device {text}: unknown device {kind!r}; known are {known}")
-    max_ports, bus_id = bus or (PORTS_DEFAULT, "")
-    for text, _port, wanted in ports:
-        if wanted and wanted.removesuffix(".0") != bus_id:
-            raise UsageError(
-                f"--device {text}: there is no bus {wanted!r}; give --device virtio-serial an id, or leave it"
-            )
-    return Configuration(max_ports, bus_id, chardevs, tuple(port for _text, port, _wanted in ports))
+    configuration = Configuration(chardevs=chardevs)
+    parsed = [(given, *_parse_device(given)) for given in texts]
+    buses = [(given, values) for given, kind, values in parsed if DEVICES[kind] is _BUS]
+    ports = [(given, kind, values) for given, kind, values in parsed if DEVICES[kind] is not _BUS]
+    if len(buses) > 1:
+        raise UsageError(f"--device {buses[1][0]}: one vsport serve is one virtio-serial device")
+    for _given, values in buses:
+        configuration = replace(configuration, max_ports=values["max_ports"], bus=values["id"])
+    for given, _kind, values in ports:
+        _check_bus(given, values.pop("bus"), configuration.bus)
+    return replace(configuration, ports=tuple(_port(kind, values) for _given, kind, values in ports))
 
 
-def _parse_bus(text: str, options: dict[str, str]) -> tuple[int, str]:
-    _check_known(text, options, {"id", "max_ports"})
-    max_ports = _number(text, options, "max_ports", 1, PORTS_MAX)
-    return PORTS_DEFAULT if max_ports is None else max_ports, options.get("id", "")
+def _parse_device(given: str) -> tuple[str, dict[str, Any]]:
+    kind, options = split_options(given)
+    if kind not in DEVICES:
+        raise UsageError(f"--device {given}: unknown device {kind!r}; known are {', '.join(DEVICES)}")
+    values = parse(DEVICES[kind], options, f"--device {given}")
+    if values["id"]:
+        _check_id("--device", given, values["id"])
+    return kind, values
 
 
-def _parse_port(text: str, options: dict[str, str], *, console: bool) -> PortOption:
-    known = {"id", "chardev", "name", "nr", "bus"} | ({"cols", "rows", "x-rows-first"} if console else set())
-    _check_known(text, options, known)
-    if "id" in options:
-        _check_id("--device", text, options["id"])
-    cols, rows = (_number(text, options, key, 0, 0xFFFF) for key in ("cols", "rows"))
+def _check_bus(given: str, wanted: str, bus: str) -> None:
+    if wanted and wanted.removesuffix(".0") != bus:
+        raise UsageError(
+            f"--device {given}: there is no bus {wanted!r}; give --device virtio-serial an id, or leave it"
+        )
+
+
+def _port(kind: str, values: dict[str, Any]) -> PortOption:
     return PortOption(
-        console,
-        id=options.get("id", ""),
-        chardev=options.get("chardev", ""),
-        name=options.get("name", ""),
-        nr=_number(text, options, "nr", 0, PORTS_MAX - 1),
-        cols=80 if cols is None else cols,
-        rows=25 if rows is None else rows,
-        rows_first=_on_off(text, options, "x-rows-first"),
+        kind == "virtconsole", **{name.removeprefix("x-").replace("-", "_"): values[name] for name in values}
     )
-
-
-def _check_known(text: str, options: dict[str, str], known: set[str]) -> None:
-    for key in options:
-        if key not in known:
-            raise UsageError(f"--device {text}: unknown option {key}=; known are {', '.join(sorted(known))}")
-
-
-def _number(text: str, options: dict[str, str], key: str, low: int, high: int) -> int | None:
-    if key not in options:
-        return None
-    value = options[key]
-    if not re.fullmatch(r"[0-9]{1,9}", value) or not low <= int(value) <= high:
-        raise UsageError(f"--device {text}: {key}={value} is not a number from {low} to {high}")
-    return int(value)
-
-
-def _on_off(text: str, options: dict[str, str], key: str) -> bool:
-    value = options.get(key, "off")
-    if value not in {"on", "off"}:
-        raise UsageError(f"--device {text}: {key}={value} is not on or off")
-    return value == "on"
 
 
 def _check_id(option: str, text: str, id: str) -> None:

@@ -8,15 +8,18 @@ import logging
 import shutil
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from vsport.chardev import KINDS
 from vsport.errors import HostError, UsageError
 from vsport.host import Host
 from vsport.loop import Loop
-from vsport.options import parse_configuration
+from vsport.option_table import help_lines
+from vsport.options import DEVICES, parse_configuration
 from vsport.vhost_user.server import Server
 
-__all__ = ["CAPABILITIES", "description", "serve"]
+__all__ = ["CAPABILITIES", "description", "option_help", "serve"]
 
 CAPABILITIES = '{"type": "console"}'
 """What --print-capabilities prints; the schema has no features for a console (R-VU-101)."""
@@ -35,6 +38,19 @@ def description() -> str:
         raise HostError(f"the program {PROGRAM} is not installed: pip install vsport")
     entry = {"description": "vsport virtio-serial device", "type": "console", "binary": program, "tags": ["multiport"]}
     return json.dumps(entry, indent=2)
+
+
+def option_help(chardevs: Sequence[str], devices: Sequence[str]) -> str | None:
+    """What `--chardev help`, `--chardev KIND,help` and the same of --device ask for; None if nothing does."""
+    kinds = {kind: cls.OPTIONS for kind, cls in KINDS.items()}
+    for option, texts, tables in (("--chardev", chardevs, kinds), ("--device", devices, DEVICES)):
+        for text in texts:
+            kind, comma, rest = text.partition(",")
+            if text == "help":
+                return "\n".join([f"{option} KIND,...", *(f"  {kind}" for kind in tables)])
+            if comma and rest == "help" and kind in tables:
+                return "\n".join([f"{option} {kind},...", *help_lines(tables[kind])])
+    return None
 
 
 def serve(arguments: argparse.Namespace) -> int:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from vsport.chardev.base import Chardev, ChardevOwner, LogFile
 from vsport.chardev.file import File
 from vsport.chardev.null import Null
-from vsport.chardev.options import Option, parse
 from vsport.chardev.pipe import Pipe
 from vsport.chardev.pty import Pty
 from vsport.chardev.ringbuf import RingBuf
 from vsport.chardev.socket import Socket
 from vsport.chardev.stdio import Stdio
 from vsport.errors import UsageError
+from vsport.option_table import Option, parse
 
 __all__ = ["KINDS", "Chardev", "ChardevOwner", "LogFile", "Option", "make"]
 

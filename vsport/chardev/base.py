@@ -25,9 +25,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Protocol
 
-from vsport.chardev.options import Option, on_off, text
 from vsport.errors import HostError
 from vsport.loop import Loop, Timer
+from vsport.option_table import Option, on_off, text
 
 __all__ = ["COMMON_OPTIONS", "AlwaysConnected", "Chardev", "ChardevOwner", "LogFile", "open_file"]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, LogFile, open_file
-from vsport.chardev.options import Option, on_off, text
+from vsport.option_table import Option, on_off, text
 
 __all__ = ["File"]
 

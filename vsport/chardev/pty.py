@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from vsport.chardev.base import COMMON_OPTIONS, Chardev, LogFile
 from vsport.chardev.inotify import OpenWatch
-from vsport.chardev.options import Option, text
 from vsport.errors import HostError
+from vsport.option_table import Option, text
 
 __all__ = ["Pty"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, LogFile
-from vsport.chardev.options import Option, size
 from vsport.errors import UsageError
+from vsport.option_table import Option, size
 
 __all__ = ["RingBuf"]
 

@@ -11,9 +11,9 @@ from typing import ClassVar
 
 from vsport.addresses import Target, TcpAddress, UnixAddress, endpoint
 from vsport.chardev.base import COMMON_OPTIONS, Chardev, LogFile
-from vsport.chardev.options import Option, integer, on_off, text
 from vsport.errors import HostError, UsageError
 from vsport.loop import READ, WRITE, Loop, Timer
+from vsport.option_table import Option, integer, on_off, text
 
 __all__ = ["Socket"]
 

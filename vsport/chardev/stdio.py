@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, LogFile
-from vsport.chardev.options import Option, on_off
 from vsport.errors import HostError
+from vsport.option_table import Option, on_off
 
 __all__ = ["Stdio"]
 

@@ -343,6 +343,8 @@ def explain(log: str) -> str:
             f"the package mirror's release file is expired ({expired[1]}), as it is on a frozen copy of a mirror: "
             "pass --aptopt 'Acquire::Check-Valid-Until \"false\"', or set VSPORT_LAB_APTOPT to that"
         )
+    if "No space left on device" in log:
+        return "no space left on device: the lab needs 2 GB where it is kept, and 1 GB in $TMPDIR while it is made"
     errors = [line for line in log.splitlines() if line.startswith("E: ")] or log.split("\n")[-2:-1]
     return f"mmdebstrap failed: {errors[0].removeprefix('E: ') if errors else 'it said nothing'}"
 

@@ -13,12 +13,12 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TextIO, cast
 
 from vsport.errors import HostError, UsageError
 from vsport.lab.build import build
 from vsport.lab.daemon import daemon
-from vsport.lab.run import Guest, GuestKind
+from vsport.lab.run import DEVNULL, Guest, GuestKind
 from vsport.lab.tree import Tree, default_directory
 from vsport.options import parse_configuration
 
@@ -104,9 +104,7 @@ def _add_run(actions: argparse._SubParsersAction[Any]) -> None:
     parser.add_argument("--memory", type=_memory, default=256, metavar="MIB", help="default: 256")
     parser.add_argument("--share", type=_directory, metavar="DIR", help="the guest sees it as /mnt/share")
     parser.add_argument("--timeout", type=_seconds, metavar="S", help="kill CMD after so many seconds")
-    parser.add_argument(
-        "--verbose", action="store_true", help="show what kernel and device said, afterwards"
-    )
+    parser.add_argument("--verbose", action="store_true", help="show what kernel and device said, afterwards")
     for option in "chardev", "device":
         parser.add_argument(
             f"--{option}", f"-{option}", action="append", default=[], metavar="ARGS", help="as in vsport serve"
@@ -203,8 +201,8 @@ def _device_options(arguments: argparse.Namespace, place: Path) -> tuple[list[st
 
 
 def _carry_out(guest: Guest, command: Sequence[str], timeout: float | None) -> int:
-    streams = {name: getattr(sys, name).fileno() for name in ("stdin", "stdout", "stderr")}
-    with guest.popen(command, **streams) as process:
+    stdin, stdout, stderr = map(_descriptor, (sys.stdin, sys.stdout, sys.stderr))
+    with guest.popen(command, stdin=stdin, stdout=stdout, stderr=stderr) as process:
         try:
             code = process.wait(timeout)
             process.drain(timeout)
@@ -212,6 +210,11 @@ def _carry_out(guest: Guest, command: Sequence[str], timeout: float | None) -> i
             print(f"vsport lab: {command[0]} took longer than {timeout:g} seconds", file=sys.stderr)
             return TIMED_OUT
     return code if code >= 0 else KILLED - code
+
+
+def _descriptor(stream: TextIO | None) -> int:
+    """Of a standard stream, if we have been given one."""
+    return DEVNULL if stream is None else stream.fileno()
 
 
 def _terminated(number: int, frame: object) -> NoReturn:

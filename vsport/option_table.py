@@ -1,4 +1,4 @@
-"""The options of a character device as a table: what parses a command line also prints the help for it."""
+"""Options of chardevs and devices as tables: what parses ``name=value,...`` also prints the help for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from vsport.errors import UsageError
 
-__all__ = ["Option", "integer", "on_off", "parse", "size", "text"]
+__all__ = ["Option", "between", "help_lines", "integer", "on_off", "parse", "size", "text"]
 
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -24,7 +24,7 @@ class Option(NamedTuple):
     @property
     def placeholder(self) -> str:
         """What stands behind the ``=`` in a help text: ``on|off``, ``PATH``, ``N`` ..."""
-        return _PLACEHOLDERS[self.read]
+        return _PLACEHOLDERS.get(self.read, "N")
 
 
 def text(value: str) -> str:
@@ -46,6 +46,17 @@ def integer(value: str) -> int:
     if not (value.isascii() and value.isdigit() and len(value) <= 18):
         raise ValueError("must be a number, 0 or more")
     return int(value)
+
+
+def between(low: int, high: int) -> Callable[[str], int]:
+    """Reads a decimal number from ``low`` to ``high``."""
+
+    def read(value: str) -> int:
+        if not (value.isascii() and value.isdigit() and len(value) <= 18 and low <= int(value) <= high):
+            raise ValueError(f"must be a number from {low} to {high}")
+        return int(value)
+
+    return read
 
 
 def size(value: str) -> int:
@@ -81,3 +92,19 @@ def _read(option: Option, name: str, given: Mapping[str, str], who: str) -> Any:
         return option.read(given[name])
     except ValueError as exc:
         raise UsageError(f"{who}: {name}={given[name]!r}: {exc}") from None
+
+
+def help_lines(table: Mapping[str, Option]) -> list[str]:
+    """A line for each option: how it is written, what it is for, what it is when it is not given."""
+    written = {name: f"{name}={option.placeholder}" for name, option in table.items()}
+    width = max(map(len, written.values()), default=0)
+    return [f"  {written[name]:<{width}}  {option.help}{_remark(option)}" for name, option in table.items()]
+
+
+def _remark(option: Option) -> str:
+    if option.required:
+        return " (needed)"
+    if option.default in (None, ""):
+        return ""
+    default = {True: "on", False: "off"}.get(option.default, option.default)
+    return f" (default: {default})"
