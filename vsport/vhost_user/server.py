@@ -139,9 +139,18 @@ class Server:
 
     # -- hooks of the device -----------------------------------------------------------------------------------------
 
-    def _on_fault(self, index: int, _error: GuestError | FrontEndError) -> None:
-        if self._connection is not None:
-            self._connection.session.queue_failed(index)
+    def _on_fault(self, index: int, error: GuestError | FrontEndError) -> None:
+        """A guest that broke a rule loses one queue; a front end that took guest memory away has ended its session."""
+        if self._connection is None:
+            return
+        self._connection.session.queue_failed(index)
+        if isinstance(error, FrontEndError):  # R-RING-82; not at once, as the session may be what is running
+            self.loop.call_soon(functools.partial(self._give_up, self._connection, str(error)))
+
+    def _give_up(self, connection: Connection, why: str) -> None:
+        if self._connection is connection:
+            log.warning("connection ended, the front end broke a rule: %s", why)
+            connection.close("refused")
 
     def _on_config_change(self) -> None:
         if self._connection is not None:
