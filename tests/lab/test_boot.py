@@ -143,7 +143,7 @@ def test_the_guest_tools_are_there(guest):
 def test_nothing_is_left_behind(boot, running, short_path, monkeypatch, kind):
     monkeypatch.setattr(tempfile, "tempdir", str(short_path))
     guest = boot(kind)
-    guest.popen(["sleep", "1000"])
+    running.enter_context(guest.popen(["sleep", "1000"]))
     assert list(short_path.iterdir())
     assert processes_that_mention(str(short_path))
     running.close()
@@ -180,6 +180,14 @@ def test_a_guest_that_cannot_boot_shows_its_console(boot):
 def test_a_guest_that_takes_too_long_to_boot(boot):
     with pytest.raises(LabError, match=r"did not boot within 0\.1 seconds"):
         boot("uml", boot_timeout=0.1)
+
+
+def test_a_place_that_a_kernel_could_not_be_told(boot, tmp_path, monkeypatch):
+    (tmp_path / "a b").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "a b"))
+    with pytest.raises(LabError, match="set TMPDIR to a shorter and simpler one"):
+        boot("uml")
+    assert not list((tmp_path / "a b").iterdir())
 
 
 def test_a_port_that_never_comes_is_named(boot):

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO, TextIO
 
-from vsport.lab.tree import DEFAULT_SUITE, PACKAGES, LabError, Tree, check_machine, stamp
+from vsport.lab.tree import PACKAGES, SUITE, LabError, Tree, check_machine, stamp
 
 __all__ = ["Progress", "build", "explain", "install_command", "relocated"]
 
@@ -325,7 +325,7 @@ def install_command(packages: Path, aptopts: Sequence[str], mirror: str | None) 
         *(f"--dpkgopt=path-exclude=/usr/share/{name}/*" for name in ("doc", "info", "locale", "man")),
         "--skip=essential/unlink",
         *(f"--{stage}-hook={command}" for stage, command in hooks),
-        DEFAULT_SUITE,
+        SUITE,
         "-",
         *([mirror] if mirror else []),
     ]

@@ -40,6 +40,7 @@ _COMMAND_LINES = {"uml": uml.command_line, "qemu": qemu.command_line}
 _STDIN, _STDOUT, _STDERR = 0, 1, 2
 _POWER_OFF_WITHIN = 5.0
 _TAIL_LINES = 25
+_LONGEST_DIRECTORY = 90
 _UNQUOTABLE = frozenset(' \t\n",:')
 
 
@@ -255,9 +256,11 @@ class Guest:
             machine.prepare(self._ports)
             self._process = _spawn(machine, _COMMAND_LINES[self.kind](machine))
         self.channel = Channel(ours.fileno())
+        undo.callback(self.channel.close)
         listener = threading.Thread(target=self._listen, daemon=True)
         listener.start()
         undo.callback(listener.join)
+        undo.callback(ours.shutdown, socket.SHUT_RDWR)
         undo.callback(self._power_off)
 
     def _listen(self) -> None:
@@ -292,11 +295,12 @@ class Guest:
 
 
 def _run_directory() -> Path:
-    """Raises LabError where the name would break a kernel's command line, which knows no quoting."""
+    """Raises LabError where the name would break a kernel's command line, which knows no quoting, or make the path of
+    a Unix socket too long."""
     directory = Path(tempfile.mkdtemp(prefix="vsport-lab-"))
-    if _UNQUOTABLE.intersection(str(directory)):
+    if _UNQUOTABLE.intersection(str(directory)) or len(bytes(directory)) > _LONGEST_DIRECTORY:
         directory.rmdir()
-        raise LabError(f"a guest cannot be given the path {directory}: set TMPDIR to a simpler one")
+        raise LabError(f"a guest cannot be given the path {directory}: set TMPDIR to a shorter and simpler one")
     return directory
 
 
@@ -329,7 +333,7 @@ def _source(what: int) -> tuple[Source, BinaryIO | None]:
 def _sink(what: int) -> tuple[Sink, BinaryIO | None]:
     """What a command writes to, and the caller's end of it."""
     if what == DEVNULL:
-        return Sink(len, _nothing), None
+        return Sink(lambda data: None, _nothing), None
     if what != PIPE:
         return Sink.of(what, _nothing), None
     callers, ours = os.pipe()

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from vsport.errors import HostError
 
-__all__ = ["DEFAULT_SUITE", "PACKAGES", "LabError", "Tree", "default_directory", "stamp"]
+__all__ = ["PACKAGES", "SUITE", "LabError", "Tree", "default_directory", "stamp"]
 
-DEFAULT_SUITE = "forky"
+SUITE = "forky"
 """The first Debian whose User Mode Linux starts on processors with AMX, and whose QEMU has R-VU-104's device."""
 
 PACKAGES = (
@@ -50,7 +50,7 @@ def default_directory(environment: Mapping[str, str] = os.environ) -> Path:
 
 def stamp() -> str:
     """Names the recipe that a tree was made by: another stamp, another tree."""
-    recipe = "\n".join([str(_RECIPE), DEFAULT_SUITE, *PACKAGES])
+    recipe = "\n".join([str(_RECIPE), SUITE, *PACKAGES])
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]
 
 

@@ -137,6 +137,11 @@ class Channel:
             self.send(Kind.REQUEST, command, payload=request[start : start + _PIECE])
         self.send(Kind.REQUEST, command)
 
+    def close(self) -> None:
+        """Forgets the descriptor, which may belong to something else from now on."""
+        with self._lock:
+            self._fd = -1
+
     def frames(self) -> Iterator[Frame]:
         """Every frame until the other end has gone, or says what no end of ours would say."""
         buffer = bytearray()
