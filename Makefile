@@ -70,7 +70,7 @@ fuzz: build
 	VSPORT_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-base $(SANITIZED)/tmp --build-lib $(SANITIZED)
 	LD_PRELOAD="$$($${CC:-cc} -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 PYTHONMALLOC=malloc PYTHONPATH=$(SANITIZED) \
-		$(BIN)/python tests/fuzz.py --count $(COUNT) --seed $(SEED)
+		$(BIN)/python tests/fuzz.py --sanitized --count $(COUNT) --seed $(SEED)
 
 wheel: build
 	$(BIN)/python -m build --wheel

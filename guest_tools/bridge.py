@@ -1,8 +1,8 @@
 """Couple a port and two descriptors, for instance standard input and output, for one session with the host.
 
-Bytes are held for one piece in each direction, and no more is read before that is gone: a slow reader on one
-side slows the writer on the other side down, and nothing grows. The loop sleeps in poll, also while the host is
-away: it waits for the port's edges (R-GUEST-12).
+At most some 64 KiB are held in each direction, and no more is read before they are gone: a slow reader on one side
+slows the writer on the other side down, and nothing grows. The loop sleeps in poll, also while the host is away: it
+waits for the port's edges (R-GUEST-12).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from guest_tools.errors import PortUnplugged
 from guest_tools.host_changes import HostWatch
 
 __all__ = ["Bridge", "Ending", "Outcome"]
+
+BATCH = 64 * 1024  # What a pipe holds.
 
 
 class Ending(enum.Enum):
@@ -46,7 +48,8 @@ class Bridge:
     When the host leaves, everything that it sent before is handed over first. With ``watch`` a leave of the
     host is noticed even if it is back at once, so that two sessions do not run into each other.
 
-    The descriptors stay open, and blocking as they are: they are often shared with other processes.
+    The descriptors stay open, and blocking if they are: other processes often share them. A terminal that is
+    stopped (Ctrl-S) can therefore stop both directions.
     """
 
     def __init__(
@@ -71,6 +74,16 @@ class Bridge:
         self._sent = self._received = 0
 
     def run(self) -> Outcome:
+        pipe = _open_pipe_again(self._out_fd)
+        if pipe is None:
+            return self._run()
+        self._out_fd, self._piece = pipe, BATCH
+        try:
+            return self._run()
+        finally:
+            os.close(pipe)
+
+    def _run(self) -> Outcome:
         ending = self._ending()
         try:
             while ending is None:
@@ -146,17 +159,25 @@ class Bridge:
             self._write_port()
 
     def _read_port(self) -> None:
+        """Read until there is nothing more, or enough: one buffer is a page only (R-GUEST-07)."""
+        pieces: list[bytes] = []
+        data: bytes | None = b""
+        try:
+            while sum(map(len, pieces)) < BATCH and (data := self._channel.read_now()):
+                pieces.append(data)
+        finally:
+            self._to_out = memoryview(b"".join(pieces))
         if self._watch:
-            self._watch.collect()
-        data = self._channel.read_now()
-        if data:
-            self._to_out = memoryview(data)
-            if self._watch:
-                self._watch.count_buffer()
-            return
+            self._watch.count_buffers(len(pieces))
+        if not data:
+            self._port_is_empty(ended=data is not None)
+
+    def _port_is_empty(self, *, ended: bool) -> None:
+        if self._watch and self._watch.collect() and not ended:
+            return  # More may have come with these signals: read first, then judge.
         self._port_readable = False
         changes = self._watch.changes() if self._watch else []
-        self._host_left = data is not None or False in changes
+        self._host_left = ended or False in changes
 
     def _write_port(self) -> None:
         sent = self._channel.write_now(self._to_host)
@@ -193,4 +214,17 @@ class Bridge:
 
 def _write_size(fd: int) -> int:
     """How much can be written after poll has said that there is room, without waiting in write."""
-    return MAX_WRITE if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
+    return BATCH if stat.S_ISREG(os.fstat(fd).st_mode) else select.PIPE_BUF
+
+
+def _open_pipe_again(fd: int) -> int | None:
+    """The same pipe, non-blocking for us alone: larger pieces can be written then. None if that does not work.
+
+    To make the descriptor itself non-blocking would do the same to every process that shares it.
+    """
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None

@@ -142,9 +142,19 @@ class Channel:
     def host_connected(self) -> bool:
         """Whether the host has its end open, at this moment. Raises PortUnplugged."""
         level = self._poll()
-        if level & select.POLLHUP and not level & select.POLLIN:  # R-GUEST-12: that is an unplugged port.
-            raise PortUnplugged(self.label)
+        if level & select.POLLHUP and not level & select.POLLIN:
+            self._check_plugged()
         return not level & select.POLLHUP
+
+    def _check_plugged(self) -> None:
+        """R-GUEST-12: POLLHUP alone is an unplugged port, or the host left while the driver put the answer together.
+
+        A read of no bytes tells them apart, and takes nothing.
+        """
+        try:
+            os.read(self._fd, 0)
+        except OSError as exc:
+            raise self._io_error(exc) from exc
 
     def wait_host(self, timeout: float | None = None) -> None:
         """Wait until the host has its end open. Raises HostTimeout, PortUnplugged."""

@@ -21,7 +21,7 @@ from guest_tools.channel import Channel
 
 __all__ = ["HostChange", "HostTracker", "HostWatch", "SignalCount", "hold"]
 
-SIGNAL = signal.SIGRTMIN + 2  # Below these, threading libraries keep some to themselves.
+SIGNAL = signal.SIGRTMIN + 2  # Any real-time signal would do; the first ones are the likeliest to be in use.
 F_SETOWN_EX = 15  # linux/fcntl.h; Python has no name for it.
 F_OWNER_TID = 0
 READS_AT_A_TIME = 64  # Then the signals are collected: the kernel queues only some hundreds of them.
@@ -109,14 +109,18 @@ class SignalCount:
 class HostWatch:
     """Reports each change of the host's state of an open channel, in order. A context manager.
 
-    For a loop of this kind: ``collect``, read everything and call ``count_buffer`` for each piece, ``changes``,
-    then wait for the channel's next edge, at most ``patience`` seconds. One thread only.
+    For a loop of this kind: ``collect``, then read everything and ``count_buffers``, then ``changes``; then wait
+    for the channel's next edge, at most ``patience`` seconds. One thread only.
     """
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._count = SignalCount(channel.fileno())
-        self.restart()
+        try:
+            self.restart()
+        except BaseException:
+            self._count.close()
+            raise
 
     def restart(self) -> None:
         """Forget what was so far: the host's state now is the first. Raises PortUnplugged."""
@@ -129,13 +133,15 @@ class HostWatch:
         """The host's state, as last reported."""
         return self._tracker.connected
 
-    def collect(self) -> None:
-        """Take the signals. Before reading: the signal for data always comes before the data can be read."""
-        self._signals += self._count.take()
+    def collect(self) -> int:
+        """Take the signals; how many there were. The signal for data always comes before the data can be read."""
+        count = self._count.take()
+        self._signals += count
+        return count
 
-    def count_buffer(self) -> None:
-        """A read returned data: it may be what a signal was for."""
-        self._buffers += 1
+    def count_buffers(self, count: int) -> None:
+        """So many reads returned data: each may be what a signal was for."""
+        self._buffers += count
 
     def changes(self) -> list[bool]:
         """True for each time the host came, False for each time it left. Raises PortUnplugged."""
@@ -198,4 +204,4 @@ def _discard_all(channel: Channel, watch: HostWatch) -> int:
             if not data:
                 return total
             total += len(data)
-            watch.count_buffer()
+            watch.count_buffers(1)

@@ -236,10 +236,17 @@ def _port_number(link: str) -> int | None:
     was removed (" (deleted)") is a port of the past (R-GUEST-14).
     """
     try:
-        if not SYSNAME.fullmatch(os.path.basename(os.readlink(link))):
-            return None
-        status = os.stat(link)
+        is_called_so = SYSNAME.fullmatch(os.path.basename(os.readlink(link)))
     except OSError:
+        return None
+    return _device_number(link) if is_called_so else None
+
+
+def _device_number(path: str) -> int | None:
+    """The number of the character device at that path, if there is one."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a zero byte in the path.
         return None
     return status.st_rdev if stat.S_ISCHR(status.st_mode) else None
 
@@ -309,7 +316,7 @@ def _order(port: Port) -> tuple[int, ...]:
 
 def _is_called(port: Port, wanted: str) -> bool:
     if "/" in wanted:
-        return os.path.realpath(wanted) == os.path.realpath(port.device)
+        return wanted == port.device or _device_number(wanted) == port.number
     return wanted in (port.name, port.sysname)
 
 

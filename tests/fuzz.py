@@ -12,12 +12,14 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from fuzz_control import control_case
 from fuzz_vhost_user import vhost_user_case
 from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawRing
 from ring_oracle import Broken, Oracle, Piece
 
+from vsport import _ring
 from vsport._ring import Status
 from vsport.errors import GuestError
 
@@ -210,7 +212,10 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="inputs of each kind")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--what", choices=GENERATORS, help="one kind only")
+    parser.add_argument("--sanitized", action="store_true", help="refuse to run on an extension without sanitizers")
     options = parser.parse_args()
+    if options.sanitized and b"__asan_init" not in Path(_ring.__file__).read_bytes():
+        parser.error(f"{_ring.__file__} was built without AddressSanitizer")
     for what in [options.what] if options.what else GENERATORS:
         run(what, options.count, options.seed)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -224,14 +225,20 @@ def test_an_output_that_somebody_made_non_blocking_loses_nothing(setup: Setup) -
     assert running.result(20).received == len(data)
 
 
-def test_an_unplugged_port_is_an_error_and_what_it_gave_is_handed_over(setup: Setup) -> None:
-    """The end of an empty pipe looks like an unplugged port (R-GUEST-12)."""
-    reader, writer = os.pipe()
-    os.set_blocking(reader, False)
-    os.write(writer, b"last words")
-    os.close(writer)
-    with Channel(reader, "port") as channel, pytest.raises(errors.PortUnplugged):
-        Bridge(channel, setup.in_fd, setup.out_fd).run()
+def test_an_unplugged_port_is_an_error_and_what_it_gave_is_handed_over(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R-GUEST-14; no socket says ENODEV."""
+    answers = iter([b"last ", b"words"])
+
+    def read(fd: int, size: int) -> bytes:
+        for answer in answers:
+            return answer
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+    with monkeypatch.context() as patch, pytest.raises(errors.PortUnplugged):
+        patch.setattr(os, "read", read)
+        Bridge(setup.channel, setup.in_fd, setup.out_fd).run()
     assert setup.read_output(10) == b"last words"
 
 

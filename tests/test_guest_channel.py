@@ -149,12 +149,30 @@ def test_waiting_for_a_host_that_is_away_times_out(ends: Ends) -> None:
         ends[0].wait_host(0.01)
 
 
-def test_hanging_up_without_anything_to_read_is_an_unplugged_port() -> None:
-    """R-GUEST-12. The end of an empty pipe shows just that."""
+@pytest.fixture
+def half_gone() -> Iterator[Channel]:
+    """The end of an empty pipe: poll shows POLLHUP and nothing else, as it does for an unplugged port."""
     reader, writer = os.pipe()
     os.close(writer)
-    with Channel(reader, "port") as channel, pytest.raises(errors.PortUnplugged):
-        channel.wait_host()
+    with Channel(reader, "port") as channel:
+        yield channel
+
+
+def no_such_device(fd: int, size: int) -> bytes:
+    raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+
+
+def test_an_unplugged_port_is_told(half_gone: Channel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R-GUEST-12, 14."""
+    monkeypatch.setattr(os, "read", no_such_device)
+    for action in half_gone.wait_host, half_gone.read, half_gone.read_now:
+        with pytest.raises(errors.PortUnplugged):
+            action()
+
+
+def test_a_host_that_leaves_while_poll_looks_is_not_an_unplugged_port(half_gone: Channel) -> None:
+    """The driver reads its state more than once for one answer, so that one can be POLLHUP alone as well."""
+    assert not half_gone.host_connected
 
 
 def test_a_channel_closes_once(ends: Ends) -> None:
