@@ -1,0 +1,311 @@
+"""Everything about a device that its guest or its back ends can notice, as a document (R-MIG-23, R-VU-92).
+
+    offset  bytes  what
+    0       8      magic, with the format's version: b"vsport\\0" and 1
+    8       4      length of the header, little endian
+    12      4      length of the payload
+    16      4      CRC-32 of all that follows
+    20             the header, JSON: what a person may want to read
+                   the payload: bytes that only their owners understand
+
+A snapshot is not trusted more than a live guest: decode() checks each value and their consistency, and gives a whole
+Snapshot or raises SnapshotError. It allocates nothing by a length that the file only claims.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from vsport.connection import State
+from vsport.constants import PORTS_MAX, QUEUE_SIZE_MAX, Feature, queue_count
+from vsport.control import Message
+from vsport.errors import GuestError, UsageError, VsportError
+from vsport.port import PortConfig
+
+__all__ = ["MAGIC", "PortState", "QueueState", "Snapshot", "SnapshotError"]
+
+MAGIC: Final = b"vsport\0\1"
+_FRAME = struct.Struct("<8sIII")
+_HEADER_MAX = 1 << 20
+_PAYLOAD_MAX = 64 << 20
+_WAITING_MAX = 16 * PORTS_MAX
+_OFFSET_MAX = QUEUE_SIZE_MAX << 32
+_FEATURES = sum(int(feature) for feature in Feature)
+
+_T = TypeVar("_T")
+
+
+class SnapshotError(VsportError):
+    """A snapshot that cannot be used, and where in it the trouble is."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """Where the device was in one queue: the next chain, and how much of it was consumed already (R-VU-89)."""
+
+    index: int
+    size: int
+    next_avail: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PortState:
+    """A port: what it is, its three bits, and whether the driver has been told of it."""
+
+    config: PortConfig
+    state: State
+    added: bool
+    session: int = 0
+    """The number of its host's session: another number after the move is another session."""
+    back_end: bytes = b""
+    """What its back end wanted to be kept, in the back end's own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A device at rest. encode() and decode() are inverse."""
+
+    max_ports: int
+    cols: int
+    rows: int
+    features: int
+    driver_ready: bool
+    queues: tuple[QueueState, ...] = ()
+    ports: tuple[PortState, ...] = ()
+    waiting: tuple[Message, ...] = ()
+    """Control messages that the guest had no buffer for yet, in order (R-MIG-22)."""
+
+    def encode(self) -> bytes:
+        """The document."""
+        header = json.dumps(self.as_dict(), separators=(",", ":")).encode()
+        payload = b"".join(port.back_end for port in self.ports)
+        body = header + payload
+        return _FRAME.pack(MAGIC, len(header), len(payload), zlib.crc32(body)) + body
+
+    def as_dict(self) -> dict[str, Any]:
+        """The header; also what is shown to people."""
+        return {
+            "max_ports": self.max_ports,
+            "cols": self.cols,
+            "rows": self.rows,
+            "features": self.features,
+            "driver_ready": self.driver_ready,
+            "queues": [
+                {"index": q.index, "size": q.size, "next_avail": q.next_avail, "offset": q.offset} for q in self.queues
+            ],
+            "ports": [_port_as_dict(port) for port in self.ports],
+            "waiting": [message.encode().hex() for message in self.waiting],
+        }
+
+    @classmethod
+    def decode(cls, data: bytes) -> Snapshot:
+        """Reads a document; raises SnapshotError if it is truncated, inconsistent or not one of ours."""
+        header, payload = _unframe(data)
+        try:
+            fields = _Fields("snapshot", json.loads(header))
+        except (ValueError, RecursionError) as exc:
+            raise SnapshotError(f"snapshot: its header is no JSON: {exc}") from None
+        snapshot = _read_snapshot(fields, _Payload(payload))
+        _check_consistency(snapshot)
+        return snapshot
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _port_as_dict(port: PortState) -> dict[str, Any]:
+    config = port.config
+    return {
+        "id": config.id,
+        "name": config.name,
+        "console": config.console,
+        "cols": config.cols,
+        "rows": config.rows,
+        "rows_first": config.rows_first,
+        "host_connected": port.state.host_connected,
+        "device_ready": port.state.device_ready,
+        "guest_connected": port.state.guest_connected,
+        "added": port.added,
+        "session": port.session,
+        "back_end_bytes": len(port.back_end),
+    }
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def _unframe(data: bytes) -> tuple[bytes, bytes]:
+    if len(data) < _FRAME.size or data[:6] != MAGIC[:6]:
+        raise SnapshotError("not a vsport snapshot: it does not begin like one")
+    magic, header_size, payload_size, checksum = _FRAME.unpack_from(data)
+    if magic != MAGIC:
+        raise SnapshotError(f"snapshot: format {magic[7]} is not known here; this vsport reads format {MAGIC[7]}")
+    if header_size > _HEADER_MAX or payload_size > _PAYLOAD_MAX:
+        raise SnapshotError(f"snapshot: lengths beyond reason: header {header_size}, payload {payload_size}")
+    body = data[_FRAME.size :]
+    if len(body) != header_size + payload_size:
+        raise SnapshotError(
+            f"snapshot: {len(body)} bytes where {header_size + payload_size} belong: cut short or longer"
+        )
+    if zlib.crc32(body) != checksum:
+        raise SnapshotError("snapshot: its checksum is wrong: it was changed on its way")
+    return body[:header_size], body[header_size:]
+
+
+class _Payload:
+    """The payload, taken piece by piece by those to whom the header gives lengths."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._at = 0
+
+    def take(self, size: int) -> bytes:
+        if size > len(self._data) - self._at:
+            raise SnapshotError("snapshot: the payload is shorter than the ports say")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+    def end(self) -> None:
+        if self._at != len(self._data):
+            raise SnapshotError("snapshot: the payload is longer than the ports say")
+
+
+class _Fields:
+    """An object of the header: each field is taken once, by type and range, and none may be left over."""
+
+    def __init__(self, where: str, value: object) -> None:
+        if not isinstance(value, dict):
+            raise SnapshotError(f"{where}: an object belongs here")
+        self._where = where
+        self._left: dict[str, Any] = dict(value)
+
+    def _take(self, name: str, kind: type[_T]) -> _T:
+        if name not in self._left:
+            raise SnapshotError(f"{self._where}: {name} is missing")
+        value = self._left.pop(name)
+        if type(value) is not kind:  # a bool is an int to isinstance(), and not here
+            raise SnapshotError(f"{self._where}: {name} is {type(value).__name__}, not {kind.__name__}")
+        return value
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        value = self._take(name, int)
+        if not low <= value <= high:
+            raise SnapshotError(f"{self._where}: {name} is not in {low} to {high}")
+        return value
+
+    def boolean(self, name: str) -> bool:
+        return self._take(name, bool)
+
+    def text(self, name: str) -> str:
+        return self._take(name, str)
+
+    def each(self, name: str, most: int, read: Callable[[str, object], _T]) -> tuple[_T, ...]:
+        """A list of at most ``most`` things, each read by ``read(where, value)``."""
+        values = self._take(name, list)
+        if len(values) > most:
+            raise SnapshotError(f"{self._where}: {name} has {len(values)} entries, more than {most}")
+        return tuple(read(f"{self._where}.{name}[{at}]", value) for at, value in enumerate(values))
+
+    def end(self) -> None:
+        if self._left:
+            raise SnapshotError(f"{self._where}: {', '.join(sorted(self._left)[:3])} is not known")
+
+
+def _read_snapshot(fields: _Fields, payload: _Payload) -> Snapshot:
+    max_ports = fields.integer("max_ports", 1, PORTS_MAX)
+    snapshot = Snapshot(
+        max_ports=max_ports,
+        cols=fields.integer("cols", 0, 0xFFFF),
+        rows=fields.integer("rows", 0, 0xFFFF),
+        features=fields.integer("features", 0, _FEATURES),
+        driver_ready=fields.boolean("driver_ready"),
+        queues=fields.each("queues", queue_count(max_ports), _read_queue),
+        ports=fields.each("ports", max_ports, lambda where, value: _read_port(where, value, payload)),
+        waiting=fields.each("waiting", _WAITING_MAX, _read_message),
+    )
+    fields.end()
+    payload.end()
+    return snapshot
+
+
+def _read_queue(where: str, value: object) -> QueueState:
+    fields = _Fields(where, value)
+    queue = QueueState(
+        index=fields.integer("index", 0, queue_count(PORTS_MAX) - 1),
+        size=fields.integer("size", 1, QUEUE_SIZE_MAX),
+        next_avail=fields.integer("next_avail", 0, 0xFFFF),
+        offset=fields.integer("offset", 0, _OFFSET_MAX),
+    )
+    fields.end()
+    if queue.size & (queue.size - 1):
+        raise SnapshotError(f"{where}: size {queue.size} is no power of two (R-RING-01)")
+    return queue
+
+
+def _read_port(where: str, value: object, payload: _Payload) -> PortState:
+    fields = _Fields(where, value)
+    try:
+        config = PortConfig(
+            id=fields.integer("id", 0, PORTS_MAX - 1),
+            name=fields.text("name"),
+            console=fields.boolean("console"),
+            cols=fields.integer("cols", 0, 0xFFFF),
+            rows=fields.integer("rows", 0, 0xFFFF),
+            rows_first=fields.boolean("rows_first"),
+        )
+    except UsageError as exc:
+        raise SnapshotError(f"{where}: {exc}") from None
+    bits = tuple(fields.boolean(name) for name in ("host_connected", "device_ready", "guest_connected"))
+    port = PortState(
+        config=config,
+        state=_state(where, bits),
+        added=fields.boolean("added"),
+        session=fields.integer("session", 0, 2**63 - 1),
+        back_end=payload.take(fields.integer("back_end_bytes", 0, _PAYLOAD_MAX)),
+    )
+    fields.end()
+    return port
+
+
+def _state(where: str, bits: tuple[bool, ...]) -> State:
+    try:
+        return State(bits)
+    except ValueError:
+        raise SnapshotError(f"{where}: a port that is not ready cannot be open in the guest") from None
+
+
+def _read_message(where: str, value: object) -> Message:
+    try:
+        if not isinstance(value, str):
+            raise ValueError("text belongs here")
+        return Message.decode(bytes.fromhex(value))
+    except (ValueError, GuestError) as exc:
+        raise SnapshotError(f"{where}: no control message: {exc}") from None
+
+
+def _check_consistency(snapshot: Snapshot) -> None:
+    """What no single field shows."""
+    count = queue_count(snapshot.max_ports)
+    _check_unique("queue", [queue.index for queue in snapshot.queues], below=count)
+    _check_unique("port", [port.config.id for port in snapshot.ports], below=snapshot.max_ports)
+    names = [port.config.name for port in snapshot.ports if port.config.name]
+    if len(set(names)) != len(names):
+        raise SnapshotError("snapshot: two ports have one name")
+    if snapshot.features & ~_FEATURES:
+        raise SnapshotError(f"snapshot: features {snapshot.features:#x} are not all known")
+    for port in snapshot.ports:
+        if port.state.device_ready and not port.added:
+            raise SnapshotError(f"snapshot: port {port.config.id} is ready, and the driver was never told of it")
+
+
+def _check_unique(what: str, numbers: list[int], *, below: int) -> None:
+    if len(set(numbers)) != len(numbers):
+        raise SnapshotError(f"snapshot: a {what} is there twice")
+    if any(number >= below for number in numbers):
+        raise SnapshotError(f"snapshot: {what} {max(numbers)} is beyond what max_ports allows")
