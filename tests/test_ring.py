@@ -7,6 +7,8 @@ import errno
 import itertools
 import mmap
 import os
+import pathlib
+import re
 import select
 import signal
 import socket
@@ -500,6 +502,16 @@ def test_the_log_gets_the_bytes_that_the_descriptor_took(make: MakePair, tmp_pat
     os.close(log)
 
 
+def test_a_log_that_is_full_does_not_hold_the_port_up(make: MakePair) -> None:
+    pair, log = make(), make()
+    pipe_room(log.write_fd, 4096, log.read_fd)
+    data = PATTERN[:10000]
+    pair.send(data, pieces=5)
+    assert pair.device.drain(pair.write_fd, log_fd=log.write_fd) is Status.EMPTY
+    assert pair.host_reads() == data
+    assert log.host_reads()[-4096:] == data[:4096]
+
+
 @pytest.mark.parametrize("log", ["/dev/full", "closed"])
 def test_a_log_that_fails_does_not_harm_the_port(make: MakePair, log: str) -> None:
     pair = make()
@@ -575,6 +587,19 @@ def test_a_sink_cannot_write_to_guest_memory_and_its_views_hold_the_mapping() ->
     assert bytes(kept[0]) == b"abc"
     kept.clear()
     mapping.close()
+
+
+def test_regions_may_share_their_memory_on_the_host() -> None:
+    shared = bytearray(16384)
+    memory = Memory([Region(0, 4096, 0, shared, 0), Region(1 << 20, 16384, 1 << 20, shared, 0)])
+    driver = DriverQueue(memory, 0, 8)
+    queue = DeviceQueue(0)
+    queue.start(memory, 8, driver.desc, driver.avail, driver.used)
+    driver.add([((1 << 20) + 4000, 8000)])
+    driver.publish()
+    sizes: list[int] = []
+    queue.drain_into(lambda view: sizes.append(len(view)) or len(view))
+    assert sizes == [8000]
 
 
 def test_a_sink_cannot_enter_its_own_queue(make: MakePair) -> None:
@@ -809,6 +834,18 @@ def test_r_ring_21_23_event_index_calls_once_where_it_was_asked_for() -> None:
     assert complete(65536), "a whole turn passes every index"
 
 
+def test_r_ring_23_a_call_that_was_due_when_the_queue_stopped_is_made_after_it_resumed(pair: Pair) -> None:
+    complete_one(pair)
+    pair.start(base=pair.device.stop(), reset=False)
+    assert pair.device.notify()
+    assert not pair.device.notify()
+
+
+def test_a_queue_that_starts_afresh_has_nothing_to_call_for(pair: Pair) -> None:
+    pair.start()
+    assert not pair.device.notify()
+
+
 def test_r_ring_20_flags_suppress_calls_without_event_index() -> None:
     ring = RawRing()
     ring.put(0, ring.data, 1)
@@ -993,6 +1030,18 @@ def test_r_ring_82_the_ring_itself_is_gone(truncatable, operation: str) -> None:
     assert queue.drain(1) is Status.STOPPED
     with pytest.raises(FrontEndError, match="R-RING-82"):
         queue.start(memory, 8, driver.desc, driver.avail, driver.used)
+
+
+@pytest.mark.parametrize("operation", ["drain", "drain_into", "discard", "pop", "push", "fill_from", "fill"])
+def test_r_ring_82_chains_are_not_taken_from_a_table_that_is_gone(truncatable, operation: str) -> None:
+    file, memory, driver, queue = truncatable
+    queue.start(memory, 8, 12288, driver.avail, driver.used)
+    driver.add([(8192, 4)])
+    driver.publish()
+    os.ftruncate(file, 12288)
+    ends_with_lost_memory(queue, operation)
+    assert queue.stop() == 0, "its zeros are no empty chain"
+    assert memory.read(driver.used, 4) == bytes(4)
 
 
 @pytest.mark.parametrize("operation", ["drain", "drain_into", "pop"])
@@ -1237,6 +1286,13 @@ def test_r_ring_15_the_driver_takes_completions_in_any_order(make: MakePair) -> 
     assert sorted(pair.driver.add((), [(BUFFERS, 4)] * 2) for _ in range(4)) == sorted({*heads})
 
 
+def test_a_driver_that_wants_calls_gets_one_for_each_batch(pair: Pair) -> None:
+    for _ in range(3):
+        complete_one(pair)
+        assert pair.device.notify()
+        assert pair.collected() == [0]
+
+
 def test_r_ring_18_the_driver_asks_for_calls_and_misses_none(pair: Pair) -> None:
     complete_one(pair)
     assert pair.device.notify()
@@ -1249,3 +1305,13 @@ def test_r_ring_18_the_driver_asks_for_calls_and_misses_none(pair: Pair) -> None
     complete_one(pair)
     assert not pair.device.notify()
     assert pair.collected() == [0, 0], "and without a call they are there all the same"
+
+
+# -- the source itself -------------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_plane_imports_nothing_of_vsport_but_its_errors() -> None:
+    """The import rules of the linter do not see Cython."""
+    source = pathlib.Path(__file__).parent.parent / "vsport" / "_ring.pyx"
+    imports = re.findall(r"^\s*(?:from|c?import)\s+(vsport\S*|guest_tools\S*|\.\S*)", source.read_text(), re.MULTILINE)
+    assert imports == ["vsport.errors"]

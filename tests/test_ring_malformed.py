@@ -175,6 +175,11 @@ def test_a_broken_chain_waits_until_what_is_before_it_was_written(host: int) -> 
     for _ in range(3):
         assert ring.queue.drain_into(lambda view: 0) is Status.BLOCKED
     assert ring.queue.drain(host, budget=2) is Status.MORE
+    read_fd, full = os.pipe2(os.O_NONBLOCK)
+    os.write(full, bytes(65536))
+    assert ring.queue.drain(full) is Status.BLOCKED
+    os.close(read_fd)
+    os.close(full)
     breaks(ring, READING["drain"], host, "R-RING-79")
     assert ring.used_elements() == [(0, 0)]
 

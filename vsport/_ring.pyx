@@ -273,12 +273,11 @@ cdef inline void add_piece(
 ) noexcept nogil:
     """Counts a piece of memory to the chain, and gathers as much of it as there is room for."""
     cdef uint64_t skipped = min(size, skip[0])
-    cdef bint truncated = c.bytes < c.total
     skip[0] -= skipped
     size -= skipped
     c.total += size
     size = min(size, limit - b.bytes)
-    if size == 0 or b.pieces == BATCH_PIECES or truncated:
+    if size == 0 or b.pieces == BATCH_PIECES:
         return
     b.piece[b.pieces].iov_base = host + skipped
     b.piece[b.pieces].iov_len = size
@@ -308,7 +307,7 @@ cdef inline bint add_buffer(
 
 
 cdef bint walk(Ring *r, Batch *b, Chain *c, bint writable, uint64_t limit) noexcept nogil:
-    """Adds the chain's buffers of one direction; those of the other are ignored (R-RING-78), all are checked."""
+    """Checks the chain, and adds its buffers of one direction; those of the other are ignored (R-RING-78)."""
     cdef Walk w
     cdef Desc d
     cdef uint64_t skip = r.offset if b.count == 0 else 0
@@ -373,7 +372,8 @@ cdef int gather(Ring *r, Batch *b, bint writable, uint64_t enough, uint64_t limi
     """Fills the batch with the chains that are offered next, and says how many there are.
 
     No chain is added after ``most`` of them, ``enough`` bytes, or one that did not fit in ``limit`` bytes. After a
-    fault, which is left in r.fault, what was gathered before it is good.
+    fault, which is left in r.fault, what was gathered before it is good; but nothing is when memory was lost on the way
+    (R-RING-82).
     """
     cdef uint32_t pending, i
     cdef Chain *c
@@ -389,6 +389,8 @@ cdef int gather(Ring *r, Batch *b, bint writable, uint64_t enough, uint64_t limi
         c = &b.chain[b.count - 1]
         if b.bytes >= enough or c.bytes < c.total or b.pieces == BATCH_PIECES or b.walked > WALK_LIMIT:
             break
+    if flag_get(&r.mem.lost):
+        b.count = 0
     return b.count
 
 
@@ -510,8 +512,6 @@ cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogi
         begin(r, &b)
         if not gather(r, &b, False, budget[0], budget[0], BATCH_CHAINS):
             return nothing_left(r)
-        if flag_get(&r.mem.lost):
-            return FAULTY
         n = writev(fd, b.piece, b.pieces) if b.bytes else 0
         moved = n if n > 0 else 0
         if moved and log_fd >= 0:
@@ -535,8 +535,6 @@ cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil:
         begin(r, &b)
         if not gather(r, &b, True, min(r.fill_want, budget[0]), budget[0], BATCH_CHAINS):
             return nothing_left(r)
-        if flag_get(&r.mem.lost):
-            return FAULTY
         n = readv(fd, b.piece, b.pieces) if b.bytes else 0
         if n < 0:
             return why_failed(r, errno)
@@ -1008,8 +1006,6 @@ cdef class DeviceQueue:
             begin(&self.r, &b)
             if not gather(&self.r, &b, False, 1, budget, BATCH_CHAINS):
                 return nothing_left(&self.r)
-            if flag_get(&self.memory.c.lost):
-                return FAULTY
             taken = 0
             try:
                 self.offer_pieces(&b, sink, &taken)
