@@ -1,19 +1,20 @@
 # Everything runs in a virtual environment of its own, .venv, which each target makes if it is missing.
 #
-#   make demo    the main job in a minute: a simulated guest, then a real Linux kernel if the lab is there
+#   make demo    what it does, in a minute: a simulated guest, then a real Linux kernel if the lab is there
 #   make test    builds, makes the lab if it is missing, runs every test
 #   make lint    ruff, mypy, import rules, stub check
 #   make bench   the benchmarks        make fuzz    malformed input under sanitizers (COUNT=100000)
 #   make lab     the real guests: a Debian tree with User Mode Linux and QEMU
 #   make build   rebuilds the extension after a change     make wheel    a wheel in dist/
 #
-# Where the package mirror is a frozen copy, whose release file has expired:
-#   make lab VSPORT_LAB_APTOPT='Acquire::Check-Valid-Until "false"'
+# Where the package mirror is a frozen copy, whose release file has expired, first:
+#   export VSPORT_LAB_APTOPT='Acquire::Check-Valid-Until "false"'
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COUNT ?= 100000
 SEED ?= 1
 SANITIZED := build/sanitize
@@ -35,22 +36,24 @@ tools:
 		|| { echo "make: needs Python's C headers; on Debian: apt-get install python3-dev" >&2; exit 1; }
 
 $(VENV)/.installed: pyproject.toml | tools
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --group dev
+	@echo "making a virtual environment in $(VENV), with what building and testing need"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade 'pip>=25.1'
+	@$(PIP) --group dev
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py vsport/_ring.pyx vsport/_ring.pxd $(wildcard vsport/*.h)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable .
+	@echo "building vsport"
+	@$(PIP) --quiet --no-build-isolation --editable .  # Twice quiet: setuptools warns of every editable package.
 	@touch $@
 
 lab: build
 	$(BIN)/vsport lab build
 
 demo: build
-	$(BIN)/vsport demo
+	@$(BIN)/vsport demo
 	@if [ -d "$$($(BIN)/vsport lab path)" ]; then $(BIN)/vsport demo --guest uml; \
-		else echo; echo "'make lab' makes a real Linux guest; then 'vsport demo --guest uml' tells this on a real kernel."; fi
+		else echo "'make lab' makes real Linux guests; then 'make demo' shows this on one, too."; fi
 
 test: build lab
 	$(BIN)/pytest

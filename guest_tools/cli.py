@@ -20,6 +20,7 @@ Messages go to standard error; in a session that includes those of ``--json``, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -29,9 +30,11 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from guest_tools import errors
 from guest_tools.ports import Port, find_port, list_ports, printable, why_no_ports
-from guest_tools.report import Reporter, clock, holders_text, port_table
+from guest_tools.report import STDERR, STDOUT, Reporter, clock, holders_text, port_table, write_line
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
     from guest_tools.bridge import Outcome
     from guest_tools.events import Event
     from guest_tools.host_changes import HostChange
@@ -50,18 +53,18 @@ EXIT_CODES: dict[type[errors.PortError], int] = {
 
 EPILOG = """\
 examples:
-  vsport-open org.qemu.guest_agent.0            talk to the host; its leaving ends the session
-  vsport-open -N org.example.log.0 < messages   send a file, then close the port
-  vsport-open org.example.0 < /dev/null > data  receive until the host leaves
-  vsport-open --list --json                     every port, one JSON object a line
+  vsport-open org.qemu.guest_agent.0          talk to the host until it leaves
+  vsport-open -N org.example.0 < messages     send a file, then close the port
+  vsport-open org.example.0 </dev/null >data  receive until the host leaves
+  vsport-open --list --json                   every port, one JSON object a line
   vsport-open --wait org.example.0 --timeout 5 && start-the-agent
 
 exit codes:
-  0    done: the host left (with -N: standard input ended) and everything was handed over
+  0    done: the host left (with -N: standard input ended), and nothing was lost
   1    another error
   2    wrong command line
   3    no such port
-  4    the port is busy (the message names who holds it), or it is a console port
+  4    the port is busy (the message says who holds it), or it is a console port
   5    timeout
   6    the port was unplugged
   7    the host left before it took all of standard input
@@ -118,6 +121,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        """Straight to the descriptor, as Reporter does. Raises OSError of standard output."""
+        if file is not sys.stderr:
+            write_line(STDOUT, message.removesuffix("\n"))
+        elif message:
+            with contextlib.suppress(OSError):
+                write_line(STDERR, message.removesuffix("\n"))
+
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
@@ -137,8 +148,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="vsport-open",
         usage="vsport-open [options] PORT | --wait PORT | --hold PORT | --list | --watch",
-        description="Open a virtio-serial port: standard input and output become the port, for one session with\n"
-        "the host. PORT is the port's name, or a path such as /dev/vport0p1.",
+        description="Open a virtio-serial port: standard input and output become the port, for one\n"
+        "session with the host. PORT is the port's name, or a path such as /dev/vport0p1.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -282,7 +293,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "session": Command(_session, True, ("timeout", "close_on_eof"), ""),
-    "list": Command(_list, False, (), "list every port, and who holds it open"),
+    "list": Command(_list, False, (), 'list every port, and who holds it open; "?" is what this user cannot see'),
     "watch": Command(_watch, False, (), "list every port, then whatever happens to one"),
     "wait": Command(_wait, True, ("timeout",), "wait until PORT exists and the host has its end open"),
     "hold": Command(_hold, True, (), "keep PORT open, discard its input, tell whenever the host leaves or returns"),

@@ -321,7 +321,7 @@ def _is_called(port: Port, wanted: str) -> bool:
 
 
 def _not_found(wanted: str, ports: Iterable[Port]) -> str:
-    what = f"no virtio-serial port {'at' if '/' in wanted else 'is named'} {printable(wanted)!r}"
+    what = f"no virtio-serial port {'at' if '/' in wanted else 'is named'} '{printable(wanted)}'"
     known = ", ".join(str(port) for port in ports)
     return f"{what}; there are: {known}" if known else f"{what}; {why_no_ports()}"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from guest_tools.ports import Port, printable
 
-__all__ = ["Reporter", "clock", "holders_text", "port_table"]
+__all__ = ["Reporter", "clock", "holders_text", "port_table", "write_line"]
 
 STDOUT, STDERR = 1, 2
 
@@ -28,7 +28,7 @@ class Reporter:
 
     def result(self, text: str, record: dict[str, Any]) -> None:
         """A line of standard output. Raises OSError."""
-        _write_line(STDOUT, self._line(text, record))
+        write_line(STDOUT, self._line(text, record))
 
     def note(self, text: str, record: dict[str, Any]) -> None:
         """What goes on, on standard error: only for a terminal, --verbose or --json."""
@@ -44,7 +44,7 @@ class Reporter:
 
     def _message(self, text: str, record: dict[str, Any]) -> None:
         with contextlib.suppress(OSError):  # There is nobody left to tell.
-            _write_line(STDERR, self._line(f"vsport-open: {text}", record))
+            write_line(STDERR, self._line(f"vsport-open: {text}", record))
 
     def _line(self, text: str, record: dict[str, Any]) -> str:
         if not self._as_json:
@@ -54,7 +54,8 @@ class Reporter:
         return json.dumps(record)
 
 
-def _write_line(fd: int, text: str) -> None:
+def write_line(fd: int, text: str) -> None:
+    """Raises OSError."""
     rest = memoryview(text.encode("utf-8", "backslashreplace") + b"\n")
     while rest:
         try:

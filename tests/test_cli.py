@@ -1,8 +1,12 @@
 """The command line: whatever is typed gets an answer in a line, and an exit code that says what it was."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -55,9 +59,22 @@ def vsport(*arguments, **options):
         ["demo", "--guest", "windows"],
         ["demo", "surplus"],
         ["demo", "--guest", "uml", "--lab", "/no/such/lab"],
+        ["demo", "--lab", ""],
+        ["demo", "--guest", "uml", "--lab", "x" * 300],
+        ["lab"],
+        ["lab", "nonsense"],
+        ["lab", "path", "--dir", ""],
+        ["lab", "path", "surplus"],
+        ["lab", "build", "--dir", "/dev/null"],
+        ["lab", "run"],
+        ["lab", "run", "--memory", "99999999999999999999", "--", "true"],
+        ["serve", "--fd", "99", "--chardev", "nonsense\n\x1b[2J,id=c0"],
+        ["serve", "--socket-path", "/no\nsuch/directory/\udcff"],
+        ["nonsense\n\udcff"],
+        ["serve", "--fd", "99", "--device", "virtserialport,nr=" + "9" * 100_000],
         ["completion", "tcl"],
     ],
-    ids=" ".join,
+    ids=lambda arguments: repr(" ".join(arguments))[1:61],
 )
 def test_nonsense_gives_one_line_and_no_traceback(arguments):
     done = vsport(*arguments)
@@ -66,16 +83,33 @@ def test_nonsense_gives_one_line_and_no_traceback(arguments):
     lines = done.stderr.strip().splitlines()
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("vsport")
+    assert lines[0].isprintable()
+    assert len(lines[0]) < 1000
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["serve"], ["demo"], ["lab"], ["completion"]], ids=lambda a: " ".join(a) or "-"
+    ("arguments", "prefix"),
+    [
+        (["--bad"], "vsport: "),
+        (["serve", "--bad"], "vsport serve: "),
+        (["lab", "run", "--bad"], "vsport lab run: "),
+    ],
 )
-def test_every_command_has_help(arguments):
-    done = vsport(*arguments, "--help")
+def test_an_unknown_option_is_blamed_on_its_command(arguments, prefix):
+    assert vsport(*arguments).stderr.startswith(f"{prefix}unrecognized arguments: --bad; see {prefix[:-2]} --help")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["serve"], ["demo"], ["lab"], ["lab", "build"], ["lab", "run"], ["lab", "path"], ["completion"]],
+    ids=lambda a: " ".join(a) or "-",
+)
+def test_every_command_has_help_that_fits_a_terminal(arguments):
+    done = vsport(*arguments, "--help", env=os.environ | {"COLUMNS": "80"})
     assert done.returncode == 0
     assert "usage: vsport" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stderr == ""
 
 
@@ -105,6 +139,12 @@ def test_completion_scripts_know_the_options(shell):
     done = vsport("completion", shell)
     assert done.returncode == 0
     assert "socket-path" in done.stdout
+
+
+def test_bash_completes_files_and_directories_where_an_option_takes_them():
+    script = vsport("completion", "bash").stdout
+    assert "_serve___socket_path_COMPGEN=_shtab_compgen_files" in script
+    assert "_lab_build___dir_COMPGEN=_shtab_compgen_dirs" in script
 
 
 def test_qemus_single_dash_will_do():
@@ -141,3 +181,92 @@ def test_options_explain_themselves(option, says):
     done = vsport("serve", *option)
     assert done.returncode == 0
     assert says in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--version"], ["--help"], ["demo"], ["serve", "--print-capabilities"], ["completion", "bash"], ["lab", "path"]],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_a_full_disk_gets_one_line(arguments, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "vsport", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    if arguments == ["--help"] and unbuffered:  # argparse keeps such an error to itself.
+        assert done.stderr == ""
+        return
+    assert (done.returncode, done.stderr) == (1, "vsport: cannot write the output: No space left on device\n")
+
+
+def test_closed_standard_descriptors_stay_out_of_use(tmp_path):
+    """Their numbers would go to the next socket, and messages into it."""
+    vm = tmp_path / "vm.sock"
+    command = f'exec "$@" <&- >&- 2>"{tmp_path}/said"'
+    daemon = [sys.executable, "-m", "vsport", "serve", "--socket-path", str(vm)]
+    process = subprocess.Popen(["sh", "-c", command, "sh", *daemon])
+    try:
+        deadline = time.monotonic() + 20
+        while not vm.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert [os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in (0, 1)] == ["/dev/null"] * 2
+        process.terminate()
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "said").read_text() == ""
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_descriptors_are_no_error(redirection):
+    for command in "demo", "lab path":
+        shell = f"{sys.executable} -m vsport {command} {redirection}"
+        done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_demo_and_nothing_is_left(tmp_path, number, code):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vsport", "demo", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    with process:
+        process.stdout.readline()
+        assert list(tmp_path.iterdir())
+        process.send_signal(number)
+        assert process.stderr.read() == b""
+    assert process.returncode == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_goes_out_as_it_came_in():
+    command = [sys.executable, "-m", "vsport", "lab", "path", "--dir", b"/\xff\xfe"]
+    assert subprocess.run(command, capture_output=True, check=True).stdout == b"/\xff\xfe/tree\n"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_the_demo_draws_with_what_the_terminal_has(encoding):
+    done = vsport("demo", env=os.environ | {"PYTHONIOENCODING": encoding}, encoding=encoding)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("██" if encoding == "utf-8" else "##") in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_library_example_of_the_readme_runs(tmp_path):
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    example = text.partition("```python\n")[2].partition("```")[0].replace("/run/vm.sock", str(tmp_path / "vm.sock"))
+    exec(compile(example.replace("loop.run()", "loop.run_once(0)"), "README.md", "exec"), names := {})
+    assert (tmp_path / "vm.sock").is_socket()
+    for thing in "server", "host", "loop":
+        names[thing].close()

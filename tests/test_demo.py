@@ -10,9 +10,10 @@ from vsport.connection import State
 def test_the_simulated_story_is_told_to_its_end(capsys):
     assert demo.run(demo.simulated, as_json=False) == 0
     told = capsys.readouterr().out
-    assert "the last words arrive all the same" in told
+    assert "the last words arrive" in told
     assert "Who was connected when" in told
     assert "█" in told
+    assert max(map(len, told.splitlines())) <= 80
 
 
 def test_as_json_each_thing_is_an_object_a_line(capsys):

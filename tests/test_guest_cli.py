@@ -242,9 +242,21 @@ def test_a_pipe_that_is_full_and_non_blocking_still_gets_whole_lines() -> None:
     text = "x" * 200_000
     pid = os.fork()
     if not pid:
-        report._write_line(writer, text)
+        report.write_line(writer, text)
         os._exit(0)
     os.close(writer)
     with open(reader, encoding="ascii") as file:
         assert file.read() == text + "\n"
     assert os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"]])
+def test_a_full_disk_gets_one_line(args: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = vsport_open(*args, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (cli.ERROR, "vsport-open: No space left on device\n")
+
+
+def test_the_help_fits_a_terminal() -> None:
+    done = vsport_open("--help", env={**os.environ, "COLUMNS": "80"})
+    assert max(map(len, done.stdout.splitlines())) <= 80

@@ -61,7 +61,7 @@ def serves(path):
         return False
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_a_signal_ends_it_and_its_sockets_are_gone(tmp_path, number, code, busy):
     """R-VU-100: promptly, with exit code 0 for SIGTERM."""
@@ -78,6 +78,40 @@ def test_a_signal_ends_it_and_its_sockets_are_gone(tmp_path, number, code, busy)
         assert not vm.exists()
         assert not chardev.exists()
         assert process.stderr.read() == b""
+
+
+def test_under_nohup_it_outlives_its_terminal(tmp_path):
+    vm = tmp_path / "vm.sock"
+    command = [sys.executable, "-m", "vsport", "serve", "--socket-path", str(vm)]
+    process = subprocess.Popen(["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command])
+    try:
+        wait_for(vm.exists, "the daemon listens")
+        process.send_signal(signal.SIGHUP)
+        with connect(vm) as front_end:
+            assert answers(front_end)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_tells_the_addresses_that_the_system_chose(tmp_path):
+    """A terminal has another name each time, and port=0 is any free one: the user has to be told."""
+    options = ["--chardev", "pty,id=c0", "--device", "virtserialport,chardev=c0"]
+    options += ["--chardev", "socket,id=c1,host=localhost,port=0,server=on,wait=off", "--device",
+                "virtserialport,chardev=c1"]  # fmt: skip
+    with daemon("--socket-path", tmp_path / "vm.sock", *options) as process:
+        terminal = process.stderr.readline().decode().removeprefix("vsport: chardev c0 is pty:").strip()
+        assert os.path.exists(terminal)
+        address = process.stderr.readline().decode().removeprefix("vsport: chardev c1 is tcp:localhost:")
+        with socket.create_connection(("localhost", int(address.partition(",")[0])), PATIENCE):
+            pass
+
+
+def test_a_chardev_without_a_port_is_told(tmp_path):
+    with daemon("--socket-path", tmp_path / "vm.sock", "--chardev", "null,id=c0") as process:
+        assert b"chardev c0 has no port" in process.stderr.readline()
 
 
 def test_a_second_daemon_on_the_same_path_is_refused_and_the_first_goes_on(tmp_path):

@@ -1,26 +1,33 @@
 """The command line of the host's half. Each command is imported when it is asked for, so that each starts quickly.
 
 Exit codes:
-  0    done, or ended by SIGTERM as a daemon should be
+  0    done; for `vsport serve` also: ended by SIGTERM, as a daemon should be
   1    the host cannot do it: a path, a socket, a missing program
   2    the command line is wrong
-  130  interrupted (Ctrl-C)
-`vsport lab run` passes on the exit code of its command, and says 124 for a time-out, 125 for a fault of the lab.
+  130  interrupted (Ctrl-C); likewise 129 for SIGHUP, 143 for SIGTERM
+`vsport lab run` passes on the exit code of its command; 124 is a time-out, 125
+a fault of the lab.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
 from vsport.errors import HostError, UsageError
 
 __all__ = ["main", "make_parser"]
 
 INTERRUPTED = 130
+_ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+_LONGEST_LINE = 800
+"""Of an error message, in characters: more than any path, less than whatever somebody piped into an option."""
 
 _SERVE_EPILOG = """\
 Options are QEMU's own; one dash will do as well as two:
@@ -29,11 +36,16 @@ Options are QEMU's own; one dash will do as well as two:
     --chardev socket,id=c0,path=/run/agent.sock,server=on,wait=off \\
     --device virtserialport,chardev=c0,name=org.qemu.guest_agent.0
 
-Then start the VM, with memory that it shares:
+Then start the virtual machine, with memory that it shares. QEMU 10.2 or later:
 
-  qemu-system-x86_64 ... -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \\
+  qemu-system-x86_64 ... -m 1G \\
+    -object memory-backend-memfd,id=m,size=1G,share=on -numa node,memdev=m \\
     -chardev socket,id=vs,path=/run/vm.sock \\
-    -device vhost-user-test-device-pci,chardev=vs,virtio-id=3,num_vqs=64,config_size=12,vq_size=128
+    -device vhost-user-test-device-pci,chardev=vs,virtio-id=3,\\
+num_vqs=64,config_size=12,vq_size=128
+
+(virtio-id 3 is a console; num_vqs is twice max_ports, plus 2.) User Mode Linux:
+
   linux.uml ... virtio_uml.device=/run/vm.sock:3
 """
 
@@ -42,18 +54,36 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {_printable(message)}; see {self.prog} --help\n")
+
+
+def _printable(text: str) -> str:
+    """Control characters and undecodable bytes as escapes, an endless line without its middle.
+
+    A line break is kept where an indented line follows.
+    """
+    return "\n  ".join(_shortened("".join(map(_escaped, line))) for line in text.split("\n  "))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _shortened(line: str) -> str:
+    half = _LONGEST_LINE // 2
+    return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; help texts, completion and documentation are made from it."""
     parser = _Parser(
         prog="vsport",
-        description="A virtio-serial device outside the VMM, whose ports survive the move.",
+        description="A virtio-serial device for virtual machines: channels between a guest's\nprograms and its host's.",
         epilog=__doc__ and __doc__.partition("\n\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    parser.set_defaults(host_error_code=1)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_serve(commands)
@@ -82,33 +112,37 @@ _Commands = argparse._SubParsersAction  # argparse has no public name for it
 def _add_serve(commands: _Commands[_Parser]) -> None:
     serve = commands.add_parser(
         "serve",
-        help="serve a virtio-serial device to a VMM over vhost-user",
-        description="Serves one virtio-serial device to a VMM over vhost-user, until SIGTERM.",
+        help="serve a virtio-serial device to a virtual machine (the daemon)",
+        description="Serves one virtio-serial device to a virtual machine monitor (VMM), such as QEMU\n"
+        "or User Mode Linux, over vhost-user, until SIGTERM or Ctrl-C.",
         epilog=_SERVE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket-path", metavar="PATH", help="listen for the VMM on this Unix socket")
-    where.add_argument("--fd", type=int, metavar="N", help="an inherited socket, listening or connected")
+    where.add_argument("--fd", type=int, metavar="N", help="instead: an inherited socket, listening or connected")
     serve.add_argument(
         "--chardev",
         "-chardev",
         action="append",
         default=[],
         metavar="KIND,id=ID[,...]",
-        help="a host back end: socket, pty, file, pipe, stdio, ringbuf, null; KIND,help lists its options",
+        help="the host's side of a port; 'help' lists the kinds, KIND,help the options of one",
     )
     serve.add_argument(
         "--device",
         "-device",
         action="append",
         default=[],
-        metavar="DEVICE[,...]",
-        help="a port, virtserialport or virtconsole, or virtio-serial,max_ports=N; DEVICE,help lists its options",
+        metavar="KIND[,...]",
+        help="the guest's side: a port (virtserialport, virtconsole), or virtio-serial,max_ports=N; 'help' as above",
     )
     serve.add_argument(
-        "--log-level", choices=["error", "warning", "info", "debug"], default="warning", help="default: warning"
+        "--log-level",
+        choices=["error", "warning", "info", "debug"],
+        default="warning",
+        help="how much to tell on standard error; default: warning",
     )
     serve.add_argument(
         "--print-capabilities", action="store_true", help="print what this back end can do, as JSON, and end"
@@ -121,9 +155,11 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
 
 
 def _add_demo(commands: _Commands[_Parser]) -> None:
+    from vsport.lab.cli import place
+
     demo = commands.add_parser(
         "demo",
-        help="see the main job done in a minute",
+        help="see what it does, in seconds, without a virtual machine",
         description="A guest opens a port, bytes flow both ways, the host leaves and returns, the guest closes.",
         allow_abbrev=False,
     )
@@ -131,7 +167,7 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
         "--guest", choices=["sim", "uml", "qemu"], default="sim", help="simulated (default), or a real Linux kernel"
     )
     demo.add_argument("--json", action="store_true", help="one object a line, one for each thing that happened")
-    demo.add_argument("--lab", metavar="DIR", help="where the lab is kept; default as in vsport lab")
+    demo.add_argument("--lab", type=place, metavar="DIR", help="where the lab is kept; default as in vsport lab")
 
 
 def _add_lab(commands: _Commands[_Parser]) -> None:
@@ -182,8 +218,22 @@ def _completion(arguments: argparse.Namespace) -> int:
         import shtab
     except ImportError:
         raise HostError("completion scripts are made by shtab: pip install 'vsport[completion]'") from None
-    print(shtab.complete(make_parser(), arguments.shell))
+    parser = make_parser()
+    files = {"PATH": shtab.FILE, "DIR": shtab.DIRECTORY}
+    for action in _all_actions(parser):
+        if action.metavar in files:
+            action.complete = files[action.metavar]
+    print(shtab.complete(parser, arguments.shell))
     return 0
+
+
+def _all_actions(parser: argparse.ArgumentParser) -> Iterator[Any]:
+    """The options of a parser and of its commands."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _all_actions(command)
 
 
 _COMMANDS = {"serve": _serve, "demo": _demo, "lab": _lab, "completion": _completion}
@@ -191,22 +241,59 @@ _COMMANDS = {"serve": _serve, "demo": _demo, "lab": _lab, "completion": _complet
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    _prepare_process()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # Here a full disk gets a line of ours, at exit the interpreter's complaint.
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except OSError as exc:
+        return _give_up(exc)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
-    arguments = parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        words = ("vsport", arguments.command, getattr(arguments, "action", None))
+        _Parser(" ".join(filter(None, words))).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
         parser.print_help()
         return 2
     try:
         return _COMMANDS[arguments.command](arguments)
     except (UsageError, HostError) as exc:
-        print(f"vsport {arguments.command}: {exc}", file=sys.stderr)
-        return 2 if isinstance(exc, UsageError) else 1
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has seen enough; without this the interpreter would complain about it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        print(f"vsport {arguments.command}: {_printable(str(exc))}", file=sys.stderr)
+        return 2 if isinstance(exc, UsageError) else arguments.host_error_code
+
+
+def _give_up(exc: OSError) -> int:
+    """A reader that went away has seen enough; anything else is told."""
+    if not isinstance(exc, BrokenPipeError):
+        print(f"vsport: {_printable(str(exc.filename or 'cannot write the output'))}: {exc.strerror}", file=sys.stderr)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is still in the buffer has nowhere to go.
+    return 1
+
+
+def _prepare_process() -> None:
+    for fd, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(fd)
+        except OSError:  # It is closed: its number must not go to a socket of ours.
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, os.fdopen(fd, "r" if fd == 0 else "w", closefd=False))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # A path goes out as it came in.
+    for number in _ENDING_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_DFL:  # Else it is ignored, as under nohup.
+            signal.signal(number, _terminated)
+
+
+def _terminated(number: int, frame: object) -> NoReturn:
+    """Ends the command as an exception does: whatever it made is removed."""
+    raise SystemExit(128 + number)
 
 
 def main_serve() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ PATIENCE = 10.0
 PACE = 0.15
 """Seconds between two steps, so that somebody can follow them, and the timeline has room."""
 _WIDTH = 60
+_ASCII = str.maketrans("█·─", "#.-")
 
 
 def configure(socket_path: Path) -> tuple[list[str], list[str]]:
@@ -71,9 +73,9 @@ class Timeline:
     def draw(self) -> str:
         """Two bars over time: the guest's program, and the host's."""
         end = time.monotonic() - self.start
-        moments = [end * (column + 0.5) / _WIDTH for column in range(_WIDTH)]
-        guest = "".join("█" if self._state_at(moment).guest_connected else "·" for moment in moments)
-        host = "".join("█" if self._state_at(moment).host_connected else "·" for moment in moments)
+        states = [self._state_at(end * (column + 0.5) / _WIDTH) for column in range(_WIDTH)]
+        guest = "".join("█" if state.guest_connected else "·" for state in states)
+        host = "".join("█" if state.host_connected else "·" for state in states)
         scale = f"0 {'':─<{_WIDTH - 4 - len(f'{end:.2f} s')}}> {end:.2f} s"
         return f"  guest  {guest}\n  host   {host}\n         {scale}"
 
@@ -149,7 +151,7 @@ class SimulatedStage:
         self._loop.close()
 
     def describe(self) -> str:
-        return "a simulated guest (vsport demo --guest uml has a real Linux kernel)"
+        return "a simulated guest"
 
     @property
     def _port(self) -> GuestPort:
@@ -204,16 +206,16 @@ def tell(stage: Stage, say: Callable[[Happening], None]) -> None:
     host.leaves()
     note("host", "leaves")
     stage.wait(lambda: not stage.guest_sees_host(), "the guest sees the host leave")
-    note("guest", "sees the end of the session: its port is still open, its host is gone")
+    note("guest", "sees that its host is gone; its own side is still open")
     host = HostProgram(stage.socket_path)
     stage.wait(stage.guest_sees_host, "the guest sees the host return")
-    note("host", "returns; to the guest that is a new session, on the same open port")
+    note("host", "returns: for the guest a new session, on its open port")
     _talk(stage, host, note, hears, b"second session")
 
     stage.guest_says(b"goodbye")
     stage.guest_closes()
     hears("the host hears the last words", host.heard, b"goodbye")
-    note("guest", "says goodbye and closes at once; the last words arrive all the same")
+    note("guest", "says goodbye and closes at once; the last words arrive")
     host.leaves()
 
 
@@ -253,8 +255,17 @@ def run(set_up: Callable[[Path], AbstractContextManager[Stage]], *, as_json: boo
             print(f"\nA port between a host program and {stage.describe()}:\n", flush=True)
         tell(stage, _say_json if as_json else _say)
         if not as_json:
-            print(f"\nWho was connected when:\n\n{stage.timeline.draw()}\n")
+            print(f"\nWho was connected when:\n\n{_drawable(stage.timeline.draw())}\n")
     return 0
+
+
+def _drawable(drawing: str) -> str:
+    """The drawing in characters that standard output has."""
+    try:
+        drawing.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:
+        return drawing.translate(_ASCII)
+    return drawing
 
 
 def _say(happening: Happening) -> None:

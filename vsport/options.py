@@ -39,7 +39,7 @@ _CONSOLE: Mapping[str, Option] = {
     **_PORT,
     "cols": Option(between(0, 0xFFFF), 80, "columns of the terminal"),
     "rows": Option(between(0, 0xFFFF), 25, "rows of the terminal"),
-    "x-rows-first": Option(on_off, False, "say sizes as Linux before 6.15 reads them (R-CON-26)"),
+    "x-rows-first": Option(on_off, False, "for a guest with Linux before 6.15, which takes rows for columns"),
 }
 DEVICES: Mapping[str, Mapping[str, Option]] = {
     "virtserialport": _PORT,

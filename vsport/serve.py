@@ -8,14 +8,17 @@ import logging
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from vsport.chardev import KINDS
+from vsport.chardev.base import Chardev
 from vsport.errors import HostError, UsageError
 from vsport.host import Host
 from vsport.loop import Loop
-from vsport.option_table import help_lines
+from vsport.option_table import Option, help_lines
 from vsport.options import DEVICES, parse_configuration
 from vsport.vhost_user.server import Server
 
@@ -27,7 +30,19 @@ CAPABILITIES = '{"type": "console"}'
 PROGRAM = "vhost-user-vsport"
 """Management programs start a back end by its path and options alone, so `vsport serve` has a name of its own."""
 
-_INTERRUPTED = 128 + signal.SIGINT
+_DEVICE_SUMMARIES = {
+    "virtserialport": "a port for programs: /dev/vportNpM, and its name in /dev/virtio-ports",
+    "virtconsole": "a port for a terminal: /dev/hvcN",
+    "virtio-serial": "the device that holds the ports; it is there without being asked for",
+    "virtio-serial-pci": "the same as virtio-serial",
+    "virtio-serial-device": "the same as virtio-serial",
+}
+
+_EXIT_CODES = {
+    signal.SIGTERM: 0,  # R-VU-100: the regular end
+    signal.SIGINT: 128 + signal.SIGINT,
+    signal.SIGHUP: 128 + signal.SIGHUP,
+}
 
 
 def description() -> str:
@@ -40,17 +55,30 @@ def description() -> str:
     return json.dumps(entry, indent=2)
 
 
+class _Kind(NamedTuple):
+    """What one word after --chardev or --device stands for."""
+
+    summary: str
+    options: Mapping[str, Option]
+
+
 def option_help(chardevs: Sequence[str], devices: Sequence[str]) -> str | None:
     """What `--chardev help`, `--chardev KIND,help` and the same of --device ask for; None if nothing does."""
-    kinds = {kind: cls.OPTIONS for kind, cls in KINDS.items()}
-    for option, texts, tables in (("--chardev", chardevs, kinds), ("--device", devices, DEVICES)):
+    kinds = {kind: _Kind(cls.summary, cls.OPTIONS) for kind, cls in KINDS.items()}
+    models = {model: _Kind(_DEVICE_SUMMARIES[model], table) for model, table in DEVICES.items()}
+    for option, texts, known in (("--chardev", chardevs, kinds), ("--device", devices, models)):
         for text in texts:
-            kind, comma, rest = text.partition(",")
+            word, comma, rest = text.partition(",")
             if text == "help":
-                return "\n".join([f"{option} KIND,...", *(f"  {kind}" for kind in tables)])
-            if comma and rest == "help" and kind in tables:
-                return "\n".join([f"{option} {kind},...", *help_lines(tables[kind])])
+                return "\n".join([f"{option} KIND,...; KIND,help lists its options", *_summaries(known)])
+            if comma and rest == "help" and word in known:
+                return "\n".join([f"{option} {word},...", *help_lines(known[word].options)])
     return None
+
+
+def _summaries(kinds: Mapping[str, _Kind]) -> list[str]:
+    width = max(map(len, kinds))
+    return [f"  {word:<{width}}  {kind.summary}" for word, kind in kinds.items()]
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -79,10 +107,10 @@ class _Daemon:
 
     def run(self, arguments: argparse.Namespace) -> int:
         self.server.on_disconnected = self._front_end_left
-        self.loop.on_signal(signal.SIGTERM, lambda: self._stop(0))
-        self.loop.on_signal(signal.SIGINT, lambda: self._stop(_INTERRUPTED))
+        self._obey_signals()
         try:
             self.host.open()
+            self._tell_about_chardevs()
             self._wait_for_peers()
             if self.exit_code is None:
                 self._listen(arguments)
@@ -91,6 +119,11 @@ class _Daemon:
             self.server.close()
             self.host.close()
         return self.exit_code or 0
+
+    def _obey_signals(self) -> None:
+        for number, exit_code in _EXIT_CODES.items():
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # It is under nohup.
+                self.loop.on_signal(number, partial(self._stop, exit_code))
 
     def _stop(self, exit_code: int) -> None:
         if self.exit_code is None:  # what comes first decides
@@ -102,13 +135,22 @@ class _Daemon:
         if not self.server.listening:
             self._stop(0)
 
+    def _tell_about_chardevs(self) -> None:
+        """Where the host's program has to go if the system chose that (a terminal, a free TCP port); a likely slip."""
+        in_use = {pump.chardev.id for pump in self.host.pumps.values()}
+        for option in self.host.configuration.chardevs:
+            if option.id not in in_use:
+                _tell(f"chardev {option.id} has no port; give one: --device virtserialport,chardev={option.id}")
+            elif option.kind == "pty" or option.options.get("port") == "0":
+                _tell(f"chardev {option.id} is {_address(self.host.chardevs[option.id])}")
+
     def _wait_for_peers(self) -> None:
         """wait=on: the VM starts when the host's programs are there."""
         announced: set[str] = set()
         while self.exit_code is None and (missing := self.host.missing_peers()):
             for chardev in missing:
                 if chardev.id not in announced:
-                    print(f"vsport: waiting for a connection on {chardev.describe()}", file=sys.stderr, flush=True)
+                    _tell(f"waiting for a connection on {_address(chardev)}")
                     announced.add(chardev.id)
             self.loop.run_once(None)
 
@@ -117,3 +159,12 @@ class _Daemon:
             self.server.adopt(arguments.fd)
         else:
             self.server.listen(arguments.socket_path)
+
+
+def _address(chardev: Chardev) -> str:
+    return chardev.describe().removeprefix("disconnected:")
+
+
+def _tell(what: str) -> None:
+    """On standard error: standard output can be a port (--chardev stdio)."""
+    print(f"vsport: {what}", file=sys.stderr, flush=True)

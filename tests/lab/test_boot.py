@@ -82,8 +82,10 @@ def test_exit_codes_are_passed_on(guest, code):
     assert guest.run(["sh", "-c", f"exit {code}"]).returncode == code
 
 
-def test_death_by_a_signal_is_told_as_subprocess_does(guest):
-    assert guest.run(["sh", "-c", "kill -9 $$"]).returncode == -signal.SIGKILL
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE])
+def test_death_by_a_signal_is_told_as_subprocess_does(guest, number):
+    """And no signal is ignored from the start, as what the agent ignores would be."""
+    assert guest.run(["sh", "-c", f"kill -{number:d} $$"]).returncode == -number
 
 
 def test_what_cannot_be_started_ends_as_in_a_shell(guest):
@@ -250,7 +252,7 @@ def test_lab_run_lists_the_ports_of_our_device(lab_tree, kind):
     done = lab_run("--guest", kind, "--", "vsport-open", "--list", "--json")
     assert (done.returncode, done.stderr) == (0, b"")
     ports = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [port["name"] for port in ports] == ["org.vsport.echo.0", "org.vsport.null.0"]
+    assert [port["name"] for port in ports] == ["org.vsport.away.0", "org.vsport.null.0"]
 
 
 def test_lab_run_passes_streams_and_exit_code_on(lab_tree):

@@ -76,6 +76,7 @@ class Progress:
         self._clock = clock
         self._terminal = out.isatty()
         self._began = self._said = clock()
+        self._line_is_open = False
         self.current = ""
 
     def step(self, what: str) -> None:
@@ -91,13 +92,19 @@ class Progress:
     def done(self, what: str) -> None:
         self.current = what
         self._say()
-        if self._terminal:
+        self.stop()
+
+    def stop(self) -> None:
+        """There will be no more, for whatever reason."""
+        if self._line_is_open:
             self._out.write("\n")
+            self._line_is_open = False
 
     def _say(self) -> None:
         self._said = self._clock()
         line = f"[{self._said - self._began:4.0f} s] {self.current}"
         self._out.write(f"\r\x1b[K{line}" if self._terminal else f"{line}\n")
+        self._line_is_open = self._terminal
         self._out.flush()
 
 
@@ -125,9 +132,11 @@ def build(
                 return False
             _check_tools()
             _Build(tree.absolute(), progress).make(aptopts, mirror)
+        progress.done(f"the lab is in {place}")
     except OSError as exc:
         raise LabError(f"the lab cannot be built in {place}: {exc}") from exc
-    progress.done(f"the lab is in {place}")
+    finally:
+        progress.stop()
     return True
 
 
@@ -340,8 +349,8 @@ def explain(log: str) -> str:
     """What went wrong, in one line, from what mmdebstrap and apt said."""
     if expired := _EXPIRED.search(log):
         return (
-            f"the package mirror's release file is expired ({expired[1]}), as it is on a frozen copy of a mirror: "
-            "pass --aptopt 'Acquire::Check-Valid-Until \"false\"', or set VSPORT_LAB_APTOPT to that"
+            f"{expired[1]}, as it is on a frozen copy of a mirror; to use it all the same: "
+            "export VSPORT_LAB_APTOPT='Acquire::Check-Valid-Until \"false\"' (or pass that as --aptopt)"
         )
     if "No space left on device" in log:
         return "no space left on device: the lab needs 2 GB where it is kept, and 1 GB in $TMPDIR while it is made"

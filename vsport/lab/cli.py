@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,31 +12,40 @@ import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, cast
+from typing import Any, cast
 
-from vsport.errors import HostError, UsageError
+from vsport.errors import UsageError
 from vsport.lab.build import build
 from vsport.lab.daemon import daemon
-from vsport.lab.run import DEVNULL, Guest, GuestKind
+from vsport.lab.run import Guest, GuestKind
 from vsport.lab.tree import Tree, default_directory
 from vsport.options import parse_configuration
 
-__all__ = ["ECHO_PORT", "NULL_PORT", "add_parser", "run"]
+__all__ = ["AWAY_PORT", "NULL_PORT", "add_parser", "place", "run"]
 
 TIMED_OUT, LAB_FAILED, KILLED = 124, 125, 128
 """As timeout(1), env(1) and the shells have it: CMD took too long, the lab is at fault, CMD died of a signal."""
 
-ECHO_PORT = "org.vsport.echo.0"
+AWAY_PORT = "org.vsport.away.0"
 NULL_PORT = "org.vsport.null.0"
 
 _APTOPT_VARIABLE = "VSPORT_LAB_APTOPT"
 
 _RUN_EPILOG = f"""\
-Without --chardev and --device the guest has two ports: {ECHO_PORT}, whose host side is a Unix socket
-that nobody has connected to, and {NULL_PORT}, which swallows everything.
+Without --chardev and --device the guest has two ports: {AWAY_PORT}, whose
+host never comes, and {NULL_PORT}, whose host takes everything.
 
-The exit code is that of CMD, 128 + N if signal N killed it, 124 if it took longer than --timeout, 125 if the guest
-did not boot, 126 or 127 if CMD cannot be run there.
+A chat between this terminal and another one:
+
+  vsport lab run \\
+    --chardev socket,id=c0,path=/tmp/agent.sock,server=on,wait=off \\
+    --device virtserialport,chardev=c0,name=org.example.agent.0 \\
+    -- vsport-open org.example.agent.0
+  socat - UNIX-CONNECT:/tmp/agent.sock     # in the other one
+
+The exit code is that of CMD, 128 + N if signal N killed it, 124 if it took
+longer than --timeout, 125 if the guest did not boot, 126 or 127 if CMD cannot
+be run there.
 """
 
 
@@ -46,7 +54,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
     lab = commands.add_parser(
         "lab",
         help="real Linux guests: build them, run a command in one",
-        description="Real Linux guests in about two seconds, without KVM and without root.",
+        description="Real Linux guests, booted in seconds, without KVM and without root.",
         allow_abbrev=False,
     )
     actions = lab.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=type(lab))
@@ -58,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction[Any]) -> None:
 def _add_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir",
-        type=Path,
+        type=place,
         metavar="DIR",
         help=f"where the lab is kept; default: $VSPORT_LAB, or {_tilde(default_directory({'HOME': str(Path.home())}))}",
     )
@@ -71,8 +79,8 @@ def _tilde(path: Path) -> str:
 def _add_build(actions: argparse._SubParsersAction[Any]) -> None:
     parser = actions.add_parser(
         "build",
-        help="make the lab: a Debian tree with User Mode Linux and QEMU",
-        description="Makes the lab unless it is there: about a minute, a gigabyte and mmdebstrap.",
+        help="make the lab: a Debian tree with kernels for User Mode Linux and QEMU",
+        description="Makes the lab unless it is there. It takes mmdebstrap, a gigabyte, and about a minute.",
         allow_abbrev=False,
     )
     _add_directory(parser)
@@ -81,9 +89,10 @@ def _add_build(actions: argparse._SubParsersAction[Any]) -> None:
         action="append",
         default=[],
         metavar="OPTION",
-        help=f"an option for apt; also ${_APTOPT_VARIABLE}. Frozen mirrors need 'Acquire::Check-Valid-Until \"false\"'",
+        help=f"an option for apt, also taken from ${_APTOPT_VARIABLE}; a frozen copy of a mirror needs "
+        "'Acquire::Check-Valid-Until \"false\"'",
     )
-    parser.add_argument("--mirror", metavar="URL", help="where packages come from; default: as this machine's do")
+    parser.add_argument("--mirror", metavar="URL", help="where packages come from; default: where this machine's do")
     parser.add_argument("--force", action="store_true", help="make it anew, from the packages that were kept")
 
 
@@ -91,7 +100,8 @@ def _add_run(actions: argparse._SubParsersAction[Any]) -> None:
     parser = actions.add_parser(
         "run",
         help="boot a guest with our device and run a command in it",
-        description="Boots a guest, attached to a vsport device, and runs CMD in it: same input, output, exit code.",
+        description="Boots a guest that has our device, and runs CMD in it as if it ran here: same\n"
+        "input, output, exit code.",
         epilog=_RUN_EPILOG,
         usage="%(prog)s [OPTION]... [--] CMD [ARGUMENT]...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -99,17 +109,35 @@ def _add_run(actions: argparse._SubParsersAction[Any]) -> None:
     )
     _add_directory(parser)
     parser.add_argument(
-        "--guest", choices=["uml", "qemu"], default="uml", help="which kernel; default: uml, the faster"
+        "--guest", choices=["uml", "qemu"], default="uml", help="User Mode Linux (default, faster) or QEMU"
     )
-    parser.add_argument("--memory", type=_memory, default=256, metavar="MIB", help="default: 256")
-    parser.add_argument("--share", type=_directory, metavar="DIR", help="the guest sees it as /mnt/share")
+    parser.add_argument("--memory", type=_memory, default=256, metavar="MIB", help="of the guest, in MiB; default: 256")
+    parser.add_argument(
+        "--share",
+        type=_directory,
+        metavar="DIR",
+        help="a directory of this machine that the guest sees as /mnt/share (QEMU: a copy)",
+    )
     parser.add_argument("--timeout", type=_seconds, metavar="S", help="kill CMD after so many seconds")
     parser.add_argument("--verbose", action="store_true", help="show what kernel and device said, afterwards")
     for option in "chardev", "device":
         parser.add_argument(
-            f"--{option}", f"-{option}", action="append", default=[], metavar="ARGS", help="as in vsport serve"
+            f"--{option}",
+            f"-{option}",
+            action="append",
+            default=[],
+            metavar="ARGS",
+            help="what the guest's device is, as in vsport serve",
         )
+    parser.set_defaults(host_error_code=LAB_FAILED)
     parser.add_argument("command_line", nargs=argparse.REMAINDER, metavar="CMD", help="what to run in the guest")
+
+
+def place(text: str) -> Path:
+    """For argparse: where a lab is or shall be."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
 
 
 def _memory(text: str) -> int:
@@ -159,15 +187,6 @@ def _run(tree: Path, arguments: argparse.Namespace) -> int:
     command = words[1:] if words[:1] == ["--"] else words
     if not command:
         raise UsageError("give the command to run in the guest, as in: vsport lab run -- vsport-open --list")
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        return _run_in_guest(tree, arguments, command)
-    except HostError as exc:
-        print(f"vsport lab: {exc}", file=sys.stderr)
-        return LAB_FAILED
-
-
-def _run_in_guest(tree: Path, arguments: argparse.Namespace, command: Sequence[str]) -> int:
     Tree(tree).check()
     with ExitStack() as stack:
         place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vsport-run-")))
@@ -195,14 +214,13 @@ def _device_options(arguments: argparse.Namespace, place: Path) -> tuple[list[st
     if arguments.chardev or arguments.device:
         return arguments.chardev, arguments.device
     return (
-        [f"socket,id=echo,path={place}/echo.sock,server=on,wait=off", "null,id=null"],
-        [f"virtserialport,chardev=echo,name={ECHO_PORT}", f"virtserialport,chardev=null,name={NULL_PORT}"],
+        [f"socket,id=away,path={place}/away.sock,server=on,wait=off", "null,id=null"],
+        [f"virtserialport,chardev=away,name={AWAY_PORT}", f"virtserialport,chardev=null,name={NULL_PORT}"],
     )
 
 
 def _carry_out(guest: Guest, command: Sequence[str], timeout: float | None) -> int:
-    stdin, stdout, stderr = map(_descriptor, (sys.stdin, sys.stdout, sys.stderr))
-    with guest.popen(command, stdin=stdin, stdout=stdout, stderr=stderr) as process:
+    with guest.popen(command, stdin=0, stdout=1, stderr=2) as process:
         try:
             code = process.wait(timeout)
             process.drain(timeout)
@@ -210,16 +228,6 @@ def _carry_out(guest: Guest, command: Sequence[str], timeout: float | None) -> i
             print(f"vsport lab: {command[0]} took longer than {timeout:g} seconds", file=sys.stderr)
             return TIMED_OUT
     return code if code >= 0 else KILLED - code
-
-
-def _descriptor(stream: TextIO | None) -> int:
-    """Of a standard stream, if we have been given one."""
-    return DEVNULL if stream is None else stream.fileno()
-
-
-def _terminated(number: int, frame: object) -> NoReturn:
-    """Leaves nothing behind."""
-    raise SystemExit(KILLED + number)
 
 
 _ACTIONS = {"build": _build, "run": _run, "path": _path}

@@ -109,12 +109,12 @@ class _KernelStage:
         self._program.wait(PATIENCE)
 
 
-def on_a_kernel(kind: GuestKind, directory: str | None) -> Callable[[Path], AbstractContextManager[Stage]]:
+def on_a_kernel(kind: GuestKind, directory: Path | None) -> Callable[[Path], AbstractContextManager[Stage]]:
     """What demo.run() is given: boots a guest of ``kind`` from the lab in ``directory`` (None: where it usually is)."""
 
     @contextmanager
     def set_up(socket_path: Path) -> Iterator[Stage]:
-        tree = (Path(directory) if directory else default_directory()) / "tree"
+        tree = (directory or default_directory()) / "tree"
         vm_socket = socket_path.with_name("vm.sock")
         with (
             Served(parse_configuration(*configure(socket_path)), vm_socket) as served,

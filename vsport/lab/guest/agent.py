@@ -134,7 +134,7 @@ def main(line: str) -> None:
     for link, target in LINKS.items():
         os.symlink(target, link)
     fd = open_line(line)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, lambda *_: None)  # The commands would inherit SIG_IGN.
     with open(f"{HERE}/ports.json") as file:
         names = json.load(file)
     channel = Channel(fd, acknowledge=True)
