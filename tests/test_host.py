@@ -106,3 +106,18 @@ def test_chardevs_that_wait_are_known(loop, tmp_path):
     host.open()
     assert [chardev.id for chardev in host.missing_peers()] == ["c0"]
     host.close()
+
+
+def test_a_guest_that_kicks_without_end_costs_one_turn_in_each_round(loop):
+    """R-RING-80: what is left of a long ring is one more call, not one for each kick."""
+    host = make(loop, ["null,id=c0"], ["virtserialport,chardev=c0"])
+    turns = []
+    host.device.kick = turns.append
+    for _ in range(1000):
+        host.device.backlog(5)
+        host.device.backlog(7)
+    loop.run_once(0)
+    assert turns == [5, 7]
+    host.device.backlog(5)
+    loop.run_once(0)
+    assert turns == [5, 7, 5]

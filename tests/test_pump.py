@@ -1,9 +1,12 @@
 """The pump: bytes between a port and its chardev, with real sockets, files and a simulated guest."""
 
 import contextlib
+import fcntl
 import os
 import random
 import socket
+import sys
+import termios
 import time
 
 import pytest
@@ -312,6 +315,168 @@ def test_input_that_ended_before_the_guest_opened_is_kept_for_it():
         pump.close()
 
 
+def fill_up(world, port):
+    with pytest.raises(BlockingIOError, match="full"):
+        for _ in range(10_000):
+            port.write(b"old words")
+            world.loop.run_once(0)
+
+
+def fill_the_guest(world, host):
+    """The host speaks until neither the guest nor the socket takes more."""
+    host.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        for _ in range(10_000):
+            host.send(bytes(4096))
+            world.loop.run_once(0)
+
+
+def rounds_of_the_loop(world, seconds):
+    rounds = 0
+
+    def count():
+        nonlocal rounds
+        rounds += 1
+        return False
+
+    world.loop.run_until(count, seconds)
+    return rounds
+
+
+def test_a_host_that_leaves_is_noticed_though_the_guest_has_no_buffers(joined):
+    """The receive ring is full, but the host has nothing more to say than that it leaves."""
+    world, port, host = joined
+    for _ in range(32):
+        host.sendall(bytes(4096))
+        world.wait(lambda: not unread(world))
+    host.close()
+    host_is(world, port, False)
+
+
+def unread(world):
+    pump = world.host.pumps[1]
+    unread = bytearray(4)
+    fcntl.ioctl(pump.chardev.read_fd, termios.FIONREAD, unread)
+    return int.from_bytes(unread, sys.byteorder)
+
+
+def test_last_words_wait_for_a_guest_without_buffers_and_cost_no_time(joined):
+    """A hang-up is ready for ever: the loop must not look at it until the guest reads."""
+    world, port, host = joined
+    fill_the_guest(world, host)
+    host.close()
+    assert rounds_of_the_loop(world, 0.1) < 10
+    port.write(b"into the void")
+    assert port.unsent == 0
+    while port.host_connected:
+        with contextlib.suppress(BlockingIOError):
+            port.read()
+        world.loop.run_once(0.01)
+    assert world.device.ports[1].counters.host_bytes_dropped == 0
+
+
+def test_what_a_paused_guest_wrote_to_one_host_is_not_for_the_next(joined):
+    """R-CON-48, R-MIG-25: the ring stands still when the host leaves; its chains go back when it runs again."""
+    world, port, host = joined
+    fill_up(world, port)
+    port.close()
+    world.guest.attachment.pause()
+    host.close()
+    world.wait(lambda: not world.device.ports[1].state.host_connected)
+    with unix_client(world.path) as new:
+        world.loop.run_until(lambda: False, 2 * SETTLE_SECONDS)
+        world.guest.attachment.resume()
+        host_is(world, port, False)
+        host_is(world, port, True)
+        port.open()
+        world.write(port, b"new words")
+        assert world.receive(new, 9) == b"new words"
+
+
+def test_what_a_paused_guest_wrote_to_an_unplugged_port_is_not_for_the_next(joined):
+    """R-CON-49, R-CON-50."""
+    world, port, _host = joined
+    fill_up(world, port)
+    world.guest.attachment.pause()
+    world.host.unplug(1)
+    world.host.plug(world.host.configuration.ports[0])
+    world.host.pumps[1].open()
+    with unix_client(world.path) as new:
+        world.loop.run_until(lambda: False, 2 * SETTLE_SECONDS)
+        world.guest.attachment.resume()
+        world.wait(lambda: port.unplugged and 1 in world.guest.ports)
+        port = world.guest.ports[1]
+        host_is(world, port, True)
+        port.open()
+        world.write(port, b"new words")
+        assert world.receive(new, 9) == b"new words"
+
+
+def test_a_paused_guest_has_time_to_see_that_its_host_left(joined):
+    """The host left and another came during the pause: that is two messages, and time between them."""
+    world, port, host = joined
+    port.close()
+    world.guest.attachment.pause()
+    host.close()
+    world.wait(lambda: not world.device.ports[1].state.host_connected)
+    with unix_client(world.path):
+        world.loop.run_until(lambda: False, 3 * SETTLE_SECONDS)
+        world.guest.attachment.resume()
+        host_is(world, port, False)
+        left = time.monotonic()
+        host_is(world, port, True)
+        assert time.monotonic() - left > SETTLE_SECONDS / 2
+
+
+def test_words_of_a_host_that_listens_no_more_are_counted_if_nobody_hears_them(world):
+    """The guest wrote, closed, and the write fails: the session is over with what it had still to say."""
+    port = world.port("org.test.1")
+    port.open()
+    with unix_client(world.path) as host:
+        host_is(world, port, True)
+        port.close()
+        host.sendall(b"0123456789")
+        host.shutdown(socket.SHUT_RD)
+        port.write(b"into the void")
+        host_is(world, port, False)
+    assert world.device.ports[1].counters.host_bytes_dropped == 10
+    assert world.device.ports[1].counters.bytes_discarded == 13
+
+
+@pytest.mark.parametrize("reads_to_the_end", [True, False])
+def test_a_full_disk_ends_the_session_when_the_input_is_read_or_nobody_reads_it(tmp_path, reads_to_the_end):
+    (tmp_path / "in").write_bytes(bytes(1_000_000))
+    with contextlib.closing(World([f"file,id=c1,path=/dev/full,input-path={tmp_path}/in"], [generic_port(1)])) as world:
+        port = world.port("org.test.1")
+        port.open()
+        host_is(world, port, True)
+        port.write(b"no room for this")
+        if reads_to_the_end:
+            world.read(port, 1_000_000)
+        else:
+            port.close()
+        host_is(world, port, False)
+        host_is(world, port, True)  # another try, a second later
+
+
+def test_a_file_has_one_turn_in_each_round_however_often_the_guest_opens(tmp_path):
+    (tmp_path / "in").write_bytes(bytes(5_000_000))
+    with contextlib.closing(
+        World([f"file,id=c1,path={tmp_path}/out,input-path={tmp_path}/in"], [generic_port(1)], queue_size=1024)
+    ) as world:
+        port = world.port("org.test.1")
+        host_is(world, port, True)
+        turns = []
+        pump = world.host.pumps[1]
+        fill, pump._fill = pump._fill, lambda: turns.append(fill())
+        for _ in range(50):
+            port.open()
+            port.close()
+        port.open()
+        world.loop.run_once(0)
+        assert len(turns) == 1
+
+
 def test_the_log_has_what_the_host_took(tmp_path):
     with (
         contextlib.closing(
@@ -333,12 +498,4 @@ def test_idle_ports_ask_for_nothing(joined):
     host.sendall(b"one word")
     assert world.read(port, 8) == b"one word"
     world.loop.run_until(lambda: False, 0.05)
-    rounds = 0
-
-    def count():
-        nonlocal rounds
-        rounds += 1
-        return False
-
-    world.loop.run_until(count, 0.2)
-    assert rounds < 5
+    assert rounds_of_the_loop(world, 0.2) < 5

@@ -85,6 +85,10 @@ class Outbox:
                 self._drop(lambda old: (old.port, old.event) == (message.port, message.event))
                 self._waiting.append(message)
 
+    def has_for(self, port: int) -> bool:
+        """Whether a message about ``port`` waits."""
+        return any(message.port == port for message in self._waiting)
+
     def peek(self) -> Message | None:
         """The message to be sent next."""
         return self._waiting[0] if self._waiting else None

@@ -224,7 +224,7 @@ class SerialDevice:
         self._outbox.clear()
         self.driver_ready = False
         for port in self._in_order():
-            port.added = False
+            port.added = port.stale = False
             port.feed(Cause.RESET)
 
     # -- the conversation on the control queues (5.3.6.2, R-CON-20 to 39) ---------------------------------------------
@@ -333,6 +333,9 @@ class SerialDevice:
 
     def backlog(self, index: int) -> None:
         self.on_backlog(index)
+
+    def waiting(self, port: int) -> bool:
+        return self._outbox.has_for(port)
 
     def fault(self, index: int, error: GuestError | FrontEndError) -> None:
         log.warning("queue %d stopped: %s", index, error)

@@ -28,6 +28,7 @@ class Host:
         self.configuration = configuration
         self.device = SerialDevice(max_ports=configuration.max_ports)
         self.device.on_backlog = self._again_soon
+        self._backlog: set[int] = set()
         self.pumps: dict[int, PortPump] = {}
         """By port id; a port without a chardev has none."""
         self.chardevs = {
@@ -77,4 +78,11 @@ class Host:
             pump.close()
 
     def _again_soon(self, index: int) -> None:
-        self.loop.call_soon(lambda: self.device.kick(index))
+        """Kicks the queue once in the next round, however many kicks of the guest asked for that."""
+        if index not in self._backlog:
+            self._backlog.add(index)
+            self.loop.call_soon(lambda: self._kick(index))
+
+    def _kick(self, index: int) -> None:
+        self._backlog.remove(index)
+        self.device.kick(index)

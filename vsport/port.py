@@ -61,6 +61,9 @@ class Links(Protocol):
     def backlog(self, index: int) -> None:
         """There is more to do on queue ``index`` than fits into one turn: comes back as a kick."""
 
+    def waiting(self, port: int) -> bool:
+        """Whether the guest has yet to take a message that was sent to it about port number ``port``."""
+
     def fault(self, index: int, error: GuestError | FrontEndError) -> None:
         """Queue ``index`` has stopped because a peer broke a rule."""
 
@@ -116,6 +119,8 @@ class Port:
     state: State = State.B_UNREADY
     added: bool = False
     """Whether the driver has been told of the port (PORT_ADD) since the last reset."""
+    stale: bool = False
+    """Whether the transmit ring has what was meant for a host that left while the ring stood still."""
     counters: Counters = field(default_factory=Counters)
 
     @property
@@ -129,6 +134,11 @@ class Port:
     @property
     def console(self) -> bool:
         return self.config.console
+
+    @property
+    def untold(self) -> bool:
+        """Whether the guest has not heard yet of everything that happened to the port, e.g. because it is paused."""
+        return self.links.waiting(self.id)
 
     # -- connection ------------------------------------------------------------------------------------------------
 
@@ -162,6 +172,7 @@ class Port:
             case Effect.TELL_BACK_END_CLOSED:
                 self.back_end.guest_connected(False, cause)
             case Effect.RETURN_CHAINS:
+                self.stale = True
                 self.discard()
             case Effect.FLOW:
                 self.tx_ready()
@@ -188,18 +199,26 @@ class Port:
     # -- rings -----------------------------------------------------------------------------------------------------
 
     def tx_ready(self) -> None:
-        """The guest may have sent something: it goes to the host, or nowhere if there is none."""
-        if self.state.host_connected:
+        """The guest may have sent something: it goes to the host, or nowhere if there is none.
+
+        A driver that has not called the port ready has sent nothing yet: what is there is from before an unplugging.
+        """
+        if self.state.host_connected and self.state.device_ready and not self.stale:
             self.back_end.tx_ready()
         else:
             self.discard()
 
     def discard(self) -> None:
-        """Returns what the guest has sent, a half-consumed chain too, and counts the bytes (R-CON-44, R-CON-48)."""
+        """Returns what the guest has sent, a half-consumed chain too, and counts the bytes (R-CON-44, R-CON-48).
+
+        A ring that stands still, as in a pause, keeps it until it runs.
+        """
         with self.blaming(self.tx):
             self.counters.bytes_discarded += self.tx.discard()
             self.notify(self.tx)
-            if self.tx.kicks_on():
+            more = self.tx.kicks_on()
+            self.stale = self.stale and (more or not self.tx.running)
+            if more:
                 self.links.backlog(self.tx.index)
 
     def notify(self, queue: DeviceQueue) -> None:

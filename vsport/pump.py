@@ -8,6 +8,7 @@ buffers leaves the host's bytes in the transport.
 from __future__ import annotations
 
 import array
+import contextlib
 import fcntl
 import logging
 import os
@@ -44,6 +45,8 @@ class PortPump:
         self._host_is_deaf = False
         self._guest_has_buffers = False
         self._input_ended = False
+        self._last_words_wait = False
+        self._turns: set[int] = set()
         self._left_at = -SETTLE_SECONDS
         self._settling: Timer | None = None
 
@@ -59,16 +62,20 @@ class PortPump:
     # -- what the chardev says ---------------------------------------------------------------------------------------
 
     def host_connected(self) -> None:
-        """A peer has come. The guest hears of it, but not before it could see that the one before has gone."""
+        """A peer has come. The guest hears of it, but not before it could see that the one before has gone.
+
+        A guest that is paused sees nothing: its time begins when it takes what it is told (R-CON-36).
+        """
+        if self.port.untold:
+            self._left_at = time.monotonic()
         patience = self._left_at + SETTLE_SECONDS - time.monotonic()
         if patience > 0:
-            self._settling = self.loop.call_later(patience, self._settled)
+            self._settling = self.loop.call_later(patience, self.host_connected)
         else:
             self._settled()
 
     def _settled(self) -> None:
         self._settling = None
-        self._host_is_slow = self._host_is_deaf = self._input_ended = False
         self.port.feed(Cause.HOST_CONNECT)
         self._watch()
 
@@ -85,9 +92,12 @@ class PortPump:
         for fd in self._watched:
             self.loop.unwatch(fd)
         self._watched.clear()
+        self._host_is_slow = self._host_is_deaf = self._input_ended = self._last_words_wait = False
 
     def _end_session(self, why: str) -> None:
         log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
+        if self.chardev.eof_ends_session:  # otherwise the input is no part of the session, and stays
+            self.port.counters.host_bytes_dropped += self._unread()
         self._forget_peer()
         self.chardev.disconnect()
 
@@ -107,7 +117,10 @@ class PortPump:
 
     def guest_connected(self, connected: bool, cause: Cause) -> None:
         """The guest's end opened or closed: bytes of the host are read, or left in the transport."""
-        self._watch()
+        if self._host_is_deaf and not connected:
+            self._end_session("takes no more, and nobody is left to hear it")
+        else:
+            self._watch()
 
     def emergency_write(self, byte: int) -> None:
         """Best effort, as the name says: one byte to the host, if there is one."""
@@ -202,7 +215,7 @@ class PortPump:
             self._watch()
 
     def _input_over(self) -> None:
-        if self.chardev.eof_ends_session:
+        if self.chardev.eof_ends_session or self._host_is_deaf:
             self._end_session("left")
         else:
             self._input_ended = True
@@ -224,33 +237,44 @@ class PortPump:
                 self._watch_fd(fd, events)
 
     def _wanted(self) -> dict[int, int]:
-        """Events by descriptor. A guest that is away is no reason to miss that the host leaves, so RDHUP is always on.
+        """Events by descriptor. A guest that does not read is no reason to miss that the host leaves: RDHUP is on.
 
-        But while the guest has the port open and no buffers, what the host said last is still to be read: then the
-        hang-up, which epoll cannot be asked to keep to itself, is left alone by not watching at all. And where the end
-        of the input does not end the session, it is not looked for before there is a guest to read it.
+        But once the host has left last words for which the guest has no buffers, the hang-up, which epoll cannot be
+        asked to keep to itself, is left alone by not watching at all. And where the end of the input does not end the
+        session, it is not looked for before there is a guest to read it.
         """
         wanted: dict[int, int] = {}
-        reading, read_fd, write_fd = self._reading(), self.chardev.read_fd, self.chardev.write_fd
+        read_fd, write_fd = self.chardev.read_fd, self.chardev.write_fd
         if write_fd >= 0 and (write_fd != read_fd or self._host_is_slow):
             wanted[write_fd] = WRITE if self._host_is_slow else 0
-        watching = self._guest_has_buffers if reading else self.chardev.eof_ends_session and not self._input_ended
-        if read_fd >= 0 and watching:
-            wanted[read_fd] = wanted.get(read_fd, 0) | RDHUP | (READ if reading else 0)
+        if read_fd >= 0 and (events := self._wanted_of_input()):
+            wanted[read_fd] = wanted.get(read_fd, 0) | events
         return wanted
+
+    def _wanted_of_input(self) -> int:
+        reading = self._reading()
+        if reading and self._guest_has_buffers:
+            return READ | RDHUP
+        waiting = self._last_words_wait if reading else self._input_ended
+        return RDHUP if self.chardev.eof_ends_session and not waiting else 0
 
     def _watch_fd(self, fd: int, events: int) -> None:
         try:
             self.loop.watch(fd, events, lambda ready: self._on_ready(fd, ready))
         except PermissionError:  # a regular file: always ready, so epoll does not wait for it
-            self.loop.call_soon(lambda: self._on_always_ready(fd, events))
+            self._give_turn(fd)
 
-    def _on_always_ready(self, fd: int, events: int) -> None:
-        if self._watched.get(fd) != events:
-            return  # asked for something else since
-        self._on_ready(fd, events & (READ | WRITE))
-        if events & READ:
-            self.loop.call_soon(lambda: self._on_always_ready(fd, events))
+    def _give_turn(self, fd: int) -> None:
+        """A descriptor that is always ready has its turn in each round, once, however often it is asked for."""
+        if fd not in self._turns:
+            self._turns.add(fd)
+            self.loop.call_soon(lambda: self._take_turn(fd))
+
+    def _take_turn(self, fd: int) -> None:
+        self._turns.remove(fd)
+        self._on_ready(fd, self._watched.get(fd, 0) & (READ | WRITE))
+        if self._watched.get(fd, 0) & READ:
+            self._give_turn(fd)
 
     def _on_ready(self, fd: int, ready: int) -> None:
         if fd == self.chardev.write_fd and ready & (WRITE | HUP) and not self._host_is_deaf:
@@ -261,17 +285,19 @@ class PortPump:
             self._on_input(ready)
 
     def _on_input(self, ready: int) -> None:
-        if self._reading():
+        if self._reading() and self._guest_has_buffers:
             self._fill()
-        elif ready & (RDHUP | HUP):
-            self._drop_unread()
+        elif not ready & (RDHUP | HUP):
+            return
+        elif self._reading() and self._unread():
+            self._last_words_wait = True
+            self._watch()
+        else:
             self._end_session("left")
 
-    def _drop_unread(self) -> None:
-        """A host that left before the guest opened: its session is over, and what it said in it goes with it."""
+    def _unread(self) -> int:
+        """How many bytes of the host are in the transport."""
         unread = array.array("i", [0])
-        try:
+        with contextlib.suppress(OSError):
             fcntl.ioctl(self.chardev.read_fd, termios.FIONREAD, unread)
-        except OSError:
-            return
-        self.port.counters.host_bytes_dropped += unread[0]
+        return unread[0]

@@ -103,6 +103,7 @@ class Direct:
                 Region(half, half, _FRONT_END_BASE + half, self._buffer, half),
             ]
         )
+        self._queues: dict[int, DriverQueue] = {}
 
     def negotiate(self, features: int) -> None:
         self.device.negotiate(features)
@@ -111,14 +112,32 @@ class Direct:
         return int.from_bytes(self.device.read_config(4, 4), "little")
 
     def start_queue(self, index: int, queue: DriverQueue) -> None:
+        self._queues[index] = queue
+        self._start(index, base=0, reset=True)
+
+    def _start(self, index: int, *, base: int, reset: bool) -> None:
+        queue = self._queues[index]
         self.device.queues[index].start(
             self.memory,
             queue.size,
             *(_FRONT_END_BASE + gpa for gpa in (queue.desc, queue.avail, queue.used)),
+            base=base,
             event_idx=bool(self.device.negotiated & Feature.EVENT_IDX),
             indirect=bool(self.device.negotiated & Feature.INDIRECT_DESC),
+            reset=reset,
         )
         self.device.queue_started(index)
+
+    def pause(self) -> None:
+        """The machine is stopped, and the guest with it: every queue stands where it is (R-MIG-25)."""
+        for index in self._queues:
+            self.device.queues[index].stop()
+            self.device.queue_stopped(index)
+
+    def resume(self) -> None:
+        """The machine goes on."""
+        for index in self._queues:
+            self._start(index, base=self.device.queues[index].next_avail, reset=False)
 
     def kick(self, index: int) -> None:
         self.device.kick(index)
@@ -128,6 +147,7 @@ class Direct:
 
     def reset(self) -> None:
         self.device.reset()
+        self._queues.clear()
 
 
 class _Ring:
