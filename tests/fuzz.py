@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fuzz_control import control_case
+from fuzz_qemu_stream import qemu_stream_case
 from fuzz_vhost_user import vhost_user_case
 from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawRing
 from ring_oracle import Broken, Oracle, Piece
@@ -185,8 +186,13 @@ GENERATORS: dict[str, Callable[[random.Random], None]] = {
     "ring": ring,
     "control": control_case,
     "vhost-user": vhost_user_case,
+    "qemu-stream": qemu_stream_case,
 }
 """Each makes one input from the given source of chance, feeds it, and raises if the outcome is wrong."""
+
+
+EXTENSION = ("ring", "control", "vhost-user")
+"""What reaches compiled code, and so is worth a sanitizer: the kinds that are run unless one is named."""
 
 
 def run(what: str, count: int, seed: int) -> None:
@@ -216,7 +222,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.sanitized and b"__asan_init" not in Path(_ring.__file__).read_bytes():
         parser.error(f"{_ring.__file__} was built without AddressSanitizer")
-    for what in [options.what] if options.what else GENERATORS:
+    for what in [options.what] if options.what else EXTENSION:
         run(what, options.count, options.seed)
 
 

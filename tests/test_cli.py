@@ -73,6 +73,12 @@ def vsport(*arguments, **options):
         ["nonsense\n\udcff"],
         ["serve", "--fd", "99", "--device", "virtserialport,nr=" + "9" * 100_000],
         ["completion", "tcl"],
+        ["inspect"],
+        ["inspect", "/no/such/file"],
+        ["inspect", "/etc/passwd"],
+        ["inspect", "/dev/null"],
+        ["inspect", "--states", "poem"],
+        ["inspect", "--states", "dot", "/etc/passwd"],
     ],
     ids=lambda arguments: repr(" ".join(arguments))[1:61],
 )

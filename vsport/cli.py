@@ -87,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     _add_serve(commands)
+    _add_inspect(commands)
     _add_demo(commands)
     _add_lab(commands)
     _add_completion(commands)
@@ -154,6 +155,29 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     )
 
 
+def _add_inspect(commands: _Commands[_Parser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a QEMU migration file knows about its ports",
+        description="Says what a QEMU migration file knows about its virtio-serial ports, and what that means\n"
+        "for each of them after the move; or shows the table by which ports are connected here.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    inspect.add_argument("file", nargs="?", metavar="FILE", help="what QEMU wrote with: migrate file:PATH")
+    inspect.add_argument(
+        "--json", action="store_true", help="one object a line: the file, its devices, ports, findings"
+    )
+    inspect.add_argument(
+        "--states",
+        nargs="?",
+        const="table",
+        choices=["table", "mermaid", "dot"],
+        metavar="FORM",
+        help="the connection table instead, as a table (default), mermaid or dot",
+    )
+
+
 def _add_demo(commands: _Commands[_Parser]) -> None:
     from vsport.lab.cli import place
 
@@ -197,6 +221,19 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from vsport import inspect
+
+    if (arguments.file is None) == (arguments.states is None):
+        raise UsageError("give a FILE, or --states")
+    if arguments.states is not None:
+        print(inspect.states(arguments.states))
+    else:
+        report = inspect.describe(arguments.file)
+        print(report.json_lines() if arguments.json else report.text)
+    return 0
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from vsport import demo
 
@@ -236,7 +273,7 @@ def _all_actions(parser: argparse.ArgumentParser) -> Iterator[Any]:
                 yield from _all_actions(command)
 
 
-_COMMANDS = {"serve": _serve, "demo": _demo, "lab": _lab, "completion": _completion}
+_COMMANDS = {"serve": _serve, "inspect": _inspect, "demo": _demo, "lab": _lab, "completion": _completion}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
