@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from vsport.loop import HUP, RDHUP, READ, WRITE, Loop
 
 @pytest.fixture
 def loop() -> Iterator[Loop]:
+    gc.collect()  # what an earlier test has left to the collector shall not be gone in between
     before = open_descriptors()
     loop = Loop()
     yield loop
