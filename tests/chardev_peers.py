@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import socket
@@ -10,11 +11,15 @@ import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from vsport.chardev import Chardev, make
 from vsport.chardev.ringbuf import RingBuf
+from vsport.document import Fields
 from vsport.loop import HUP, RDHUP, READ, Loop
+from vsport.parcel import Delivery, Parcel
 
 TIMEOUT = 10.0
 """Seconds after which a test gives up; no test waits that long when it passes."""
@@ -23,9 +28,11 @@ TIMEOUT = 10.0
 class Wire:
     """An owner: keeps what it is told in ``events``, and what the host sends in ``received``."""
 
-    def __init__(self, chardev: Chardev, loop: Loop) -> None:
+    def __init__(self, chardev: Chardev, loop: Loop, again: Callable[[], Chardev] | None = None) -> None:
         self.chardev = chardev
         self.loop = loop
+        self.again = again
+        """Makes another chardev of the same options."""
         self.events: list[str] = []
         self.received = bytearray()
         self.reads = True
@@ -34,6 +41,14 @@ class Wire:
 
     def open(self) -> None:
         self.chardev.open(self.loop, self)
+
+    def take(self, state: dict[str, Any], delivery: Delivery) -> None:
+        """In the place of open(), with what given() said; nothing happens before resume()."""
+        self.chardev.take(self.loop, self, Fields("chardev", state), delivery)
+
+    def resume(self) -> None:
+        if self.chardev.connected:
+            self.watch()
 
     def host_connected(self) -> None:
         assert self.chardev.connected
@@ -250,6 +265,7 @@ class TcpClient(_DescriptorHost):
         return {"host": "127.0.0.1", "port": "0", "server": "on", "wait": "off", "nodelay": "on"}
 
     def attach(self, chardev: Chardev) -> None:
+        assert not chardev.connected
         self.port = int(chardev.describe().split(":")[-1].split(",")[0])
 
     def connect(self) -> None:
@@ -486,11 +502,11 @@ class Rig(contextlib.ExitStack):
     def make(self, kind: str, **options: str) -> Wire:
         """Another chardev with its owner, not open yet; ``_`` in names is ``-``."""
         named = {name.replace("_", "-"): value for name, value in options.items()}
-        return self.adopt(make(kind, "c0", named))
+        return self.adopt(make(kind, "c0", named), partial(make, kind, "c0", named))
 
-    def adopt(self, chardev: Chardev) -> Wire:
+    def adopt(self, chardev: Chardev, again: Callable[[], Chardev]) -> Wire:
         self.callback(chardev.close)
-        return Wire(chardev, self.loop)
+        return Wire(chardev, self.loop, again)
 
     def open(self) -> None:
         if not self.prepared:
@@ -511,6 +527,38 @@ class Rig(contextlib.ExitStack):
     def leave(self) -> None:
         self.host.leave()
         self.wire.until(lambda: not self.wire.chardev.connected)
+
+    def successor(self, wire: Wire | None = None) -> Wire:
+        """What another process makes of the same options, with a loop of its own; not open yet."""
+        again = (wire or self.wire).again
+        loop = Loop()
+        self.callback(loop.close)
+        chardev = again()
+        self.callback(chardev.close)
+        return Wire(chardev, loop, again)
+
+    def hand_over(self, wire: Wire | None = None) -> Wire:
+        """A successor takes the chardev over; in the place of ``self.wire``, if it was that one."""
+        old, new = wire or self.wire, self.successor(wire)
+        state, delivery = shipped(old.chardev)
+        new.take(state, delivery)
+        delivery.close()
+        old.chardev.release()
+        if wire is None:
+            self.wire, self.loop = new, new.loop
+        new.resume()
+        return new
+
+
+def shipped(chardev: Chardev) -> tuple[dict[str, Any], Delivery]:
+    """What a chardev gives, as it is when it has come to another process."""
+    parcel = Parcel()
+    state = json.loads(json.dumps(chardev.give(parcel)))
+    here, there = socket.socketpair()
+    with here, there:
+        socket.send_fds(here, [b"!"], parcel.fds)
+        _, fds, _, _ = socket.recv_fds(there, 1, 64, socket.MSG_CMSG_CLOEXEC)
+    return state, Delivery(fds)
 
 
 def readiness(fd: int) -> int:
@@ -534,4 +582,4 @@ def _assert_same(before: dict[int, str]) -> None:
     assert not left, f"left open: {left}"
 
 
-__all__ = ["HOSTS", "TIMEOUT", "Host", "Rig", "Wire", "open_descriptors", "readiness"]
+__all__ = ["HOSTS", "TIMEOUT", "Host", "Rig", "Wire", "open_descriptors", "readiness", "shipped"]

@@ -1,61 +1,63 @@
-"""A vhost-user front end for the tests: small, honest, synchronous, over a real socket and real shared memory.
+"""vhost-user front ends for the tests: as recorded from QEMU 11.1 and UML 7.2, and a bench with a server for them.
 
-It can behave as QEMU and as User Mode Linux do, message by message as recorded from QEMU 11.1 and UML 7.2, and it can
-be what a simulated guest is attached to. The server usually runs in the same thread: ``idle`` steps its loop while the
-front end waits.
+The server usually runs in the same thread: ``idle`` steps its loop while the front end waits.
 """
 
 from __future__ import annotations
 
 import gc
-import mmap
 import os
-import select
 import socket
-import time
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from vsport._ring import DriverQueue, Memory, Region
+from vsport._ring import DriverQueue
 from vsport.constants import BAD_PORT_ID, Event, Feature
 from vsport.control import Message
 from vsport.device import SerialDevice
+from vsport.host import Host
 from vsport.loop import Loop
+from vsport.options import parse_configuration
 from vsport.port import PortConfig
-from vsport.vhost_user.message import (
-    Config,
-    MemoryRegion,
-    MemoryTable,
-    OneRegion,
-    ProtocolFeature,
-    Request,
-    VringAddress,
-    VringFd,
-    VringState,
-    decode_u64,
-    encode_reply,
-    encode_request,
-    encode_u64,
+from vsport.sim import GuestPort, SimulatedGuest
+from vsport.vhost_user import frontend
+from vsport.vhost_user.frontend import (
+    TIMEOUT_SECONDS,
+    USER,
+    Disconnected,
+    GuestMemory,
+    OverVhostUser,
+    Refused,
+    Ring,
 )
+from vsport.vhost_user.message import MemoryRegion, ProtocolFeature, Request, VringState, encode_u64
 from vsport.vhost_user.server import Server
+
+__all__ = [
+    "USER",
+    "VIRTIO_FEATURES",
+    "Bench",
+    "ConsoleDriver",
+    "Daemon",
+    "DaemonProcess",
+    "Disconnected",
+    "FrontEnd",
+    "GuestMemory",
+    "Machine",
+    "OverVhostUser",
+    "Qemu",
+    "Refused",
+    "Ring",
+    "Uml",
+    "open_fds",
+]
 
 F = TypeVar("F", bound="FrontEnd")
 
-TIMEOUT = 10.0
-USER = 0x7F00_0000_0000
-"""Front-end addresses differ from guest-physical ones, so that mixing them up shows."""
 VIRTIO_FEATURES = Feature.VERSION_1 | Feature.SIZE | Feature.MULTIPORT | Feature.INDIRECT_DESC | Feature.EVENT_IDX
-
-
-class Refused(Exception):
-    """The back end answered a request with a nonzero acknowledgement."""
-
-
-class Disconnected(Exception):
-    """The back end has closed the connection."""
 
 
 def open_fds(*, settle: bool = False) -> int:
@@ -65,232 +67,32 @@ def open_fds(*, settle: bool = False) -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-class GuestMemory:
-    """Guest memory in one memfd: regions of (gpa, size), one behind the other in the file from ``offset`` on."""
+class FrontEnd(frontend.FrontEnd):
+    """A front end that wants everything acknowledged, negotiated or not (R-VU-05), and negotiates what a test says."""
 
-    def __init__(
-        self, chunks: Sequence[tuple[int, int]] = ((0, 1 << 20),), *, offset: int = 0, user: int = USER
+    tell = frontend.FrontEnd.demand
+
+    def negotiate(
+        self, protocol_features: ProtocolFeature | None = None, features: int | None = VIRTIO_FEATURES
     ) -> None:
-        self.fd = os.memfd_create("guest-memory")
-        self.wire: list[MemoryRegion] = []
-        for gpa, size in chunks:
-            self.wire.append(MemoryRegion(gpa, size, user + gpa, offset))
-            offset += size
-        os.ftruncate(self.fd, offset)
-        self.user = user
-        buffer = mmap.mmap(self.fd, offset)
-        self.memory = Memory([Region(w.gpa, w.size, w.front_end_addr, buffer, w.mmap_offset) for w in self.wire])
+        super().negotiate(protocol_features, features)
 
-    def close(self) -> None:
-        self.memory = Memory()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-@dataclass
-class Ring:
-    """A queue as the front end has it: the driver's side, and the descriptors."""
-
-    index: int
-    driver: DriverQueue
-    base: int = 0
-    kick_fd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK))
-    call_fd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK))
-    err_fd: int = field(default_factory=lambda: os.eventfd(0, os.EFD_NONBLOCK))
-
-    def called(self) -> int:
-        """How many interrupts have come since the last time."""
-        return _count(self.call_fd)
-
-    def failed(self) -> int:
-        """How many times the error descriptor was signalled since the last time."""
-        return _count(self.err_fd)
-
-    def kick(self) -> None:
-        os.eventfd_write(self.kick_fd, 1)
-
-    def close(self) -> None:
-        for fd in (self.kick_fd, self.call_fd, self.err_fd):
-            os.close(fd)
-
-
-def _count(fd: int) -> int:
-    try:
-        return os.eventfd_read(fd)
-    except BlockingIOError:
-        return 0
-
-
-class FrontEnd:
-    """The other side of the protocol: sends requests, checks replies to the bit (R-VU-02)."""
-
-    def __init__(self, sock: socket.socket, idle: Callable[[], None] | None = None) -> None:
-        self.sock = sock
-        self.sock.setblocking(False)
-        self.idle = idle or (lambda: select.select([self.sock], [], [], 0.05) and None)
-        self.features = 0
-        self.protocol_features = ProtocolFeature(0)
-        self.rings: dict[int, Ring] = {}
-        self.channel: socket.socket | None = None
-
-    @classmethod
-    def connect(cls: type[F], path: str, idle: Callable[[], None] | None = None) -> F:
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(path)
-        return cls(sock, idle)
-
-    def close(self) -> None:
-        self.sock.close()
-        if self.channel is not None:
-            self.channel.close()
-        for ring in self.rings.values():
-            ring.close()
-        self.rings.clear()
-
-    # -- messages ------------------------------------------------------------------------------------------------------
-
-    def send(self, data: bytes, fds: Sequence[int] = ()) -> None:
-        """Sends raw bytes; the descriptors ride with the first of them (R-VU-03)."""
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array("i", fds))] if fds else []
-        try:
-            sent = self.sock.sendmsg([data], ancillary)
-        except (BrokenPipeError, ConnectionResetError) as exc:
-            raise Disconnected from exc
-        assert sent == len(data), "the server leaves its socket unread"
-
-    def receive(self, size: int) -> bytes:
-        """Exactly ``size`` bytes; raises Disconnected."""
-        data = b""
-        deadline = time.monotonic() + TIMEOUT
-        while len(data) < size:
-            assert time.monotonic() < deadline, f"no answer, only {data!r}"
-            try:
-                piece = self.sock.recv(size - len(data))
-            except BlockingIOError:
-                self.idle()
-                continue
-            except ConnectionResetError as exc:
-                raise Disconnected from exc
-            if not piece:
-                raise Disconnected
-            data += piece
-        return data
-
-    def reply(self, request: int) -> bytes:
-        """The payload of the reply to ``request``, the only thing that may come now."""
-        header = self.receive(12)
-        size = int.from_bytes(header[8:], "little")
-        payload = self.receive(size)
-        assert header + payload == encode_reply(request, payload)
-        return payload
-
-    def ask(self, request: int, payload: bytes = b"") -> bytes:
-        """A request with a reply of its own."""
-        self.send(encode_request(request, payload))
-        return self.reply(request)
-
-    def ask_u64(self, request: int) -> int:
-        return decode_u64(self.ask(request))
-
-    def tell(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """A request that is acknowledged; raises Refused."""
-        self.send(encode_request(request, payload, need_reply=True), fds)
-        if decode_u64(self.reply(request)):
-            raise Refused(Request(request).name if request in set(Request) else str(request))
-
-    def post(self, request: int, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
-        """A request without any answer."""
-        self.send(encode_request(request, payload), fds)
-
-    def barrier(self) -> None:
-        """Everything sent before has been dealt with when this returns (R-VU-10)."""
-        self.ask(Request.GET_FEATURES)
-
-    def until(self, condition: Callable[[], object]) -> None:
-        """Lets the server work until ``condition()`` holds."""
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            assert time.monotonic() < deadline, "the server did not do it"
-            self.idle()
-
-    # -- pieces of a conversation --------------------------------------------------------------------------------------
-
-    def negotiate(self, protocol_features: ProtocolFeature | None = None, features: int = VIRTIO_FEATURES) -> None:
-        """The shortest start that works: features, nothing else."""
-        offered = self.ask_u64(Request.GET_PROTOCOL_FEATURES)
-        self.protocol_features = ProtocolFeature(offered) if protocol_features is None else protocol_features
-        self.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(self.protocol_features))
-        self.set_features(features)
-
-    def set_features(self, features: int) -> None:
-        self.features = features
-        self.tell(Request.SET_FEATURES, encode_u64(features | Feature.PROTOCOL_FEATURES))
-
-    def share(self, memory: GuestMemory) -> None:
-        self.tell(Request.SET_MEM_TABLE, MemoryTable(tuple(memory.wire)).encode(), [memory.fd] * len(memory.wire))
-
-    def add_region(self, region: MemoryRegion, fd: int) -> None:
-        self.tell(Request.ADD_MEM_REG, OneRegion(region).encode(), [fd])
-
-    def remove_region(self, region: MemoryRegion) -> None:
-        self.tell(Request.REM_MEM_REG, OneRegion(region).encode())
+    def set_protocol_features(self, features: ProtocolFeature) -> None:
+        self.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(features))
+        self.protocol_features = ProtocolFeature(features)
 
     def make_ring(self, index: int, memory: GuestMemory, gpa: int, size: int = 8) -> Ring:
         """A driver's ring at ``gpa``, not yet shown to the back end."""
-        driver = DriverQueue(
-            memory.memory,
-            gpa,
-            size,
-            event_idx=bool(self.features & Feature.EVENT_IDX),
-            indirect=bool(self.features & Feature.INDIRECT_DESC),
+        return self.add_ring(
+            index,
+            DriverQueue(
+                memory.memory,
+                gpa,
+                size,
+                event_idx=bool(self.features & Feature.EVENT_IDX),
+                indirect=bool(self.features & Feature.INDIRECT_DESC),
+            ),
         )
-        if index in self.rings:
-            self.rings[index].driver, self.rings[index].base = driver, 0
-        else:
-            self.rings[index] = Ring(index, driver)
-        return self.rings[index]
-
-    def address(self, ring: Ring, user: int = USER, flags: int = 0) -> bytes:
-        driver = ring.driver
-        return VringAddress(
-            ring.index, flags, user + driver.desc, user + driver.used, user + driver.avail, 2**64 - 1
-        ).encode()
-
-    def configure(self, ring: Ring, user: int = USER) -> None:
-        """Size, base and addresses; no acknowledgement is asked for, as in QEMU (R-VU-58)."""
-        self.post(Request.SET_VRING_NUM, VringState(ring.index, ring.driver.size).encode())
-        self.post(Request.SET_VRING_BASE, VringState(ring.index, ring.base).encode())
-        self.post(Request.SET_VRING_ADDR, self.address(ring, user))
-
-    def set_fd(self, request: int, index: int, fd: int) -> None:
-        """SET_VRING_KICK, CALL or ERR; -1: no descriptor."""
-        self.tell(request, VringFd(index, fd < 0).encode(), [fd] if fd >= 0 else [])
-
-    def enable(self, index: int, on: bool) -> None:
-        self.tell(Request.SET_VRING_ENABLE, VringState(index, int(on)).encode())
-
-    def get_base(self, index: int) -> int:
-        state = VringState.decode(self.ask(Request.GET_VRING_BASE, VringState(index, 0).encode()))
-        assert state.index == index
-        return state.num
-
-    def start(self, ring: Ring) -> None:
-        """Everything for one ring, from its layout to ENABLE."""
-        self.configure(ring)
-        self.set_fd(Request.SET_VRING_ERR, ring.index, ring.err_fd)
-        self.set_fd(Request.SET_VRING_CALL, ring.index, ring.call_fd)
-        self.set_fd(Request.SET_VRING_KICK, ring.index, ring.kick_fd)
-        self.enable(ring.index, True)
-
-    def get_config(self, size: int = 12) -> bytes:
-        return Config.decode(self.ask(Request.GET_CONFIG, Config(0, 0, bytes(size)).encode())).data
-
-    def open_channel(self) -> None:
-        self.channel, theirs = socket.socketpair()
-        self.channel.setblocking(False)
-        with theirs:
-            self.tell(Request.SET_BACKEND_REQ_FD, b"", [theirs.fileno()])
 
 
 # -- as recorded -------------------------------------------------------------------------------------------------------
@@ -327,6 +129,7 @@ class Qemu(FrontEnd):
             if region not in self.shared:
                 self.add_region(region, memory.fd)
                 self.shared.append(region)
+        self.user = memory.user
         for ring in self.rings.values():
             self.configure(ring)
             self.set_fd(Request.SET_VRING_KICK, ring.index, ring.kick_fd)
@@ -369,12 +172,12 @@ class Uml(FrontEnd):
         assert self.get_config(8)[4:8] != bytes(4), "max_nr_ports (R-CON-12)"
         self.share(memory)
         for ring in self.rings.values():
-            self._set_up(ring, memory.user)
+            self._set_up(ring)
         for ring in self.rings.values():
             self.set_fd(Request.SET_VRING_KICK, ring.index, ring.kick_fd)
             self.enable(ring.index, True)
 
-    def _set_up(self, ring: Ring, user: int) -> None:
+    def _set_up(self, ring: Ring) -> None:
         if ring.index in self.calls:
             self.calls[ring.index].close()
         self.calls[ring.index], theirs = socket.socketpair()
@@ -382,7 +185,7 @@ class Uml(FrontEnd):
             self.set_fd(Request.SET_VRING_CALL, ring.index, theirs.fileno())
         self.tell(Request.SET_VRING_NUM, VringState(ring.index, ring.driver.size).encode())
         self.tell(Request.SET_VRING_BASE, VringState(ring.index, 0).encode())
-        self.tell(Request.SET_VRING_ADDR, self.address(ring, user))
+        self.tell(Request.SET_VRING_ADDR, self.address(ring))
 
     def unbind(self) -> None:
         """No GET_VRING_BASE: only ENABLE 0 in reverse, and GET_FEATURES (R-VU-56)."""
@@ -429,7 +232,7 @@ class Bench:
         """The front end goes, and the server notices."""
         front_end.close()
         self.front_ends.remove(front_end)
-        assert self.loop.run_until(lambda: not self.server.connected, TIMEOUT)
+        assert self.loop.run_until(lambda: not self.server.connected, TIMEOUT_SECONDS)
 
     def close(self) -> None:
         for front_end in self.front_ends:
@@ -438,6 +241,110 @@ class Bench:
         for memory in self.memories:
             memory.close()
         self.loop.close()
+
+
+class Daemon:
+    """A host with a Unix socket chardev and a server for its device, on a loop that waiting front ends step."""
+
+    def __init__(self, directory: Path, name: str = "0") -> None:
+        self.path = str(directory / f"vu{name}.sock")
+        self.chardev_path = str(directory / f"c{name}.sock")
+        self.loop = Loop()
+        chardev = f"socket,id=c0,path={self.chardev_path},server=on,wait=off"
+        self.host = Host(self.loop, parse_configuration([chardev], ["virtserialport,chardev=c0,name=org.test.0"]))
+        self.host.open()
+        self.device = self.host.device
+        self.server = Server(self.device, self.loop)
+
+    def step(self) -> None:
+        self.loop.run_once(0.01)
+
+    def listen(self) -> None:
+        self.server.listen(self.path)
+
+    def connect(self) -> FrontEnd:
+        return FrontEnd.connect(self.path, self.step)
+
+    def host_comes(self) -> socket.socket:
+        """A program of the host's at the chardev."""
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(self.chardev_path)
+        sock.setblocking(False)
+        return sock
+
+    def close(self) -> None:
+        self.server.close()
+        self.host.close()
+        self.loop.close()
+
+
+class DaemonProcess:
+    """A device with its chardevs and its server in a process of its own, where front ends have no loop to step."""
+
+    CODE = """
+import sys
+from vsport.host import Host
+from vsport.loop import Loop
+from vsport.options import parse_configuration
+from vsport.vhost_user.server import Server
+
+path, chardev, device = sys.argv[1:]
+loop = Loop()
+host = Host(loop, parse_configuration([chardev], [device]))
+host.open()
+Server(host.device, loop).listen(path)
+print("ready", flush=True)
+loop.run()
+"""
+
+    def __init__(self, path: str, chardev: str, device: str) -> None:
+        self.path = path
+        arguments = [sys.executable, "-c", self.CODE, path, chardev, device]
+        self.process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"ready\n"
+
+    def kill(self) -> None:
+        """As a crash would."""
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+class Machine:
+    """A virtual machine: guest memory, a front end, and a simulated guest that is attached by it."""
+
+    def __init__(
+        self, front_end: frontend.FrontEnd, loop: Loop, *, size: int = 64 << 20, queue_size: int = 128
+    ) -> None:
+        self.front_end = front_end
+        self.memory = GuestMemory(((0, size // 2), (1 << 30, size // 2)))
+        self.attachment = OverVhostUser(front_end, loop, self.memory)
+        self.guest = SimulatedGuest(self.attachment, features=int(VIRTIO_FEATURES), queue_size=queue_size)
+
+    def run_until(self, condition: Callable[[], object]) -> None:
+        def done() -> object:
+            self.guest.run()
+            return condition()
+
+        self.front_end.until(done)
+
+    @classmethod
+    def on(cls, daemon: Daemon, **options: int) -> Machine:
+        """With a front end at ``daemon``."""
+        return cls(daemon.connect(), daemon.loop, **options)
+
+    def boot(self) -> GuestPort:
+        """Until the guest knows its port by name."""
+        self.guest.boot()
+        self.run_until(lambda: any(port.name for port in self.guest.ports.values()))
+        return self.guest.port("org.test.0")
+
+    def close(self) -> None:
+        self.attachment.close()
+        self.front_end.close()
+        self.memory.close()
 
 
 class ConsoleDriver:
@@ -456,8 +363,8 @@ class ConsoleDriver:
     def lay_out(self) -> None:
         """What a driver does when it is bound: fresh rings, buffers for control messages, DEVICE_READY."""
         for index in self.QUEUES:
-            gpa = self._start + index * 0x1000
-            self.memory.memory.write(gpa, bytes(0x1000))
+            gpa = self._start + index * 0x2000
+            self.memory.memory.write(gpa, bytes(0x2000))
             self.front_end.make_ring(index, self.memory, gpa)
         self._posted: dict[int, int] = {}
         for number in range(4):
@@ -512,63 +419,3 @@ class ConsoleDriver:
         self.wait_for(Event.PORT_NAME)
         self.say(Message(1, Event.PORT_OPEN, 1))
         self.front_end.barrier()
-
-
-# -- a simulated guest's way to the device -----------------------------------------------------------------------------
-
-
-class OverVhostUser:
-    """Attaches a vsport.sim.SimulatedGuest through a front end, its kicks and its calls (sim.Attachment)."""
-
-    def __init__(self, front_end: FrontEnd, loop: Loop, memory: GuestMemory) -> None:
-        self.front_end = front_end
-        self.loop = loop
-        self.guest_memory = memory
-        self.memory = memory.memory
-        self.features = front_end.ask_u64(Request.GET_FEATURES) & ~int(Feature.PROTOCOL_FEATURES)
-        self._on_call: Callable[[], None] = lambda: None
-        self._watched: set[int] = set()
-        front_end.negotiate(features=0)
-        front_end.share(memory)
-
-    def negotiate(self, features: int) -> None:
-        self.front_end.set_features(features)
-
-    def max_ports(self) -> int:
-        return int.from_bytes(self.front_end.get_config()[4:8], "little")
-
-    def start_queue(self, index: int, queue: DriverQueue) -> None:
-        rings = self.front_end.rings
-        if index in rings:
-            rings[index].driver, rings[index].base = queue, 0
-        else:
-            rings[index] = Ring(index, queue)
-            self._watched.add(rings[index].call_fd)
-            self.loop.watch(rings[index].call_fd, select.EPOLLIN, lambda _: self._called(rings[index]))
-        self.front_end.start(rings[index])
-
-    def _called(self, ring: Ring) -> None:
-        ring.called()
-        self._on_call()
-
-    def kick(self, index: int) -> None:
-        """The vCPU goes on when the device has had a look, which a real one need not wait for."""
-        ring = self.front_end.rings[index]
-        ring.kick()
-        poll = select.poll()
-        poll.register(ring.kick_fd, select.POLLIN)
-        self.front_end.until(lambda: not poll.poll(0))
-
-    def on_call(self, callback: Callable[[], None]) -> None:
-        self._on_call = callback
-
-    def reset(self) -> None:
-        """As QEMU does it: all rings disabled, then stopped; the next start is from 0."""
-        for ring in self.front_end.rings.values():
-            self.front_end.enable(ring.index, False)
-        for ring in self.front_end.rings.values():
-            self.front_end.get_base(ring.index)
-
-    def close(self) -> None:
-        for fd in self._watched:
-            self.loop.unwatch(fd)

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from fuzz_control import control_case
 from fuzz_qemu_stream import qemu_stream_case
+from fuzz_snapshot import snapshot_case
 from fuzz_vhost_user import vhost_user_case
-from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawRing
+from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawFlight, RawRing
 from ring_oracle import Broken, Oracle, Piece
 
 from vsport import _ring
-from vsport._ring import Status
-from vsport.errors import GuestError
+from vsport._ring import DirtyLog, Status
+from vsport.errors import FrontEndError, GuestError
 
 # -- rings -------------------------------------------------------------------------------------------------------------
 
@@ -31,6 +32,9 @@ TABLE = 0x1000
 RINGS = {size: RawRing(size, start=False) for size in (1, 2, 4, 8, 16)}
 HOST = os.memfd_create("host")
 BYTES = bytes(range(1, 256)) * 600
+PAGE = 4096
+GUARD = b"\x5a" * 16
+"""What lies before and behind a dirty log."""
 
 
 def address(random: random.Random, ring: RawRing) -> int:
@@ -70,8 +74,9 @@ def descriptors(random: random.Random, ring: RawRing, count: int, size: int) -> 
 
 
 def make_ring(random: random.Random) -> tuple[RawRing, bool]:
-    """One of the rings, filled anew, and whether indirect descriptors are negotiated."""
+    """One of the rings, filled anew, not started, and whether indirect descriptors are negotiated."""
     ring = RINGS[random.choice((1, 2, 4, 8, 16))]
+    ring.queue.stop()
     size = ring.size
     ring.memory.write(0, descriptors(random, ring, size, size))
     for table in (0, 256):
@@ -85,10 +90,78 @@ def make_ring(random: random.Random) -> tuple[RawRing, bool]:
     ring.offer(*heads[: random.randint(0, size)])
     if random.random() < 0.03:
         ring.write16(ring.avail + 2, random.randrange(0x10000))
-    indirect = random.random() < 0.9
     ring.write16(ring.used + 2, ring.base)
-    ring.start(indirect=indirect, event_idx=random.random() < 0.5)
-    return ring, indirect
+    return ring, random.random() < 0.9
+
+
+class Observed:
+    """A ring's memory with a dirty log, which sometimes is too small for it: what changes is marked (R-VU-81)."""
+
+    def __init__(self, random: random.Random, ring: RawRing) -> None:
+        self.ring = ring
+        size = random.choice((0, 1, 2, 4, 4, 4))
+        self.memory = bytearray(GUARD + bytes(size) + GUARD)
+        self.log = DirtyLog(self.memory, len(GUARD), size)
+        self.used_gpa = random.choice((ring.used, ring.used, -1, random.randrange(1 << 64), (1 << 64) - 3))
+        self.before = [bytes(buffer) for buffer in ring.buffers[:2]]
+        ring.queue.log_to(self.log, self.used_gpa)
+
+    def check(self) -> None:
+        size = self.log.size
+        assert self.memory[: len(GUARD)] == self.memory[len(GUARD) + size :] == GUARD
+        marks = int.from_bytes(self.log.take(), "little")
+        if self.used_gpa != self.ring.used:
+            return
+        before, after = b"".join(self.before), b"".join(self.ring.buffers[:2])
+        for page in range(min(8 * size, len(after) // PAGE)):
+            if marks >> page & 1 == 0:
+                assert before[page * PAGE : (page + 1) * PAGE] == after[page * PAGE : (page + 1) * PAGE]
+
+
+def make_flight(random: random.Random, ring: RawRing) -> RawFlight:
+    """An in-flight region that fits the ring, or nearly, or not at all (R-VU-85 to 88)."""
+    flight = RawFlight(ring.size)
+    if random.random() < 0.2:
+        flight.memory[:] = random.randbytes(len(flight.memory))
+    if random.random() < 0.2:
+        flight.put_head(version=0)
+        return flight
+    behind = random.choice((0, 0, 0, 1, 2, ring.size, random.randrange(0x10000)))
+    flight.put_head(last=random.randrange(ring.size + 1), used_idx=ring.base - behind)
+    for head in range(ring.size):
+        flight.put_entry(head, next=random.choice((head + 1, random.randrange(ring.size), random.randrange(0x10000))))
+    for place in range(random.randint(0, ring.size)):
+        head = ring.read16(ring.avail + 4 + 2 * ((ring.base + place) % ring.size))
+        if head < ring.size:
+            flight.put_entry(head, inflight=1, counter=place + 7)
+    if random.random() < 0.2:
+        flight.memory[random.randrange(len(flight.memory))] = random.randrange(256)
+    return flight
+
+
+def start(random: random.Random, ring: RawRing, flight: RawFlight | None, *, indirect: bool) -> None:
+    """Starts the ring; a region that is refused stays as it is, and the ring starts without."""
+    event_idx = random.random() < 0.5
+    ring.queue.inflight = flight.region if flight else None
+    before = bytes(flight.memory) if flight else b""
+    try:
+        ring.start(indirect=indirect, event_idx=event_idx)
+    except FrontEndError as exc:
+        assert exc.rule in ("R-VU-85", "R-VU-88")
+        assert flight
+        assert flight.memory == before
+        assert not ring.queue.running
+        ring.queue.inflight = None
+        ring.start(indirect=indirect, event_idx=event_idx)
+
+
+def check_flight(ring: RawRing, flight: RawFlight) -> None:
+    """What is in flight after any work is in flight for the next device, too."""
+    heads = flight.in_flight()
+    offered = [ring.read16(ring.avail + 4 + 2 * ((ring.queue.next_avail + i) % ring.size)) for i in range(len(heads))]
+    assert heads == offered
+    assert heads or not ring.queue.offset
+    assert flight.head[4] == ring.queue.used_idx
 
 
 def expected(oracle: Oracle, *, writable: bool) -> tuple[list[tuple[int, list[Piece]]], str]:
@@ -177,16 +250,26 @@ def anything(ring: RawRing, indirect: bool) -> None:
 def ring(random: random.Random) -> None:
     """One malformed ring, and one thing that is done with it."""
     made, indirect = make_ring(random)
+    flight = make_flight(random, made) if random.random() < 0.3 else None
+    observed = Observed(random, made) if random.random() < 0.3 else None
+    start(random, made, flight, indirect=indirect)
+    drivers = made.memory.read(0, made.used)
     random.choice((drain_to_file, discard, fill_from, anything))(made, indirect)
+    if observed:
+        observed.check()
+        made.queue.log_to(None)
+    if flight and made.queue.inflight and made.memory.read(0, made.used) == drivers:
+        check_flight(made, flight)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-GENERATORS: dict[str, Callable[[random.Random], None]] = {
+GENERATORS: dict[str, Callable[[random.Random], object]] = {
     "ring": ring,
     "control": control_case,
     "vhost-user": vhost_user_case,
     "qemu-stream": qemu_stream_case,
+    "snapshot": snapshot_case,
 }
 """Each makes one input from the given source of chance, feeds it, and raises if the outcome is wrong."""
 

@@ -8,9 +8,12 @@ from pathlib import Path
 
 from qemu_files import recorded
 
-from vsport.inspect import qemu_report
-from vsport.qemu_device import QemuStream
+from vsport.document import DocumentError
+from vsport.qemu_device import QemuDevice, QemuStream
+from vsport.qemu_report import qemu_report
+from vsport.qemu_restore import from_qemu
 from vsport.qemu_stream import BytesImage, StreamError, read_stream
+from vsport.snapshot import PortConfig, Snapshot
 
 LARGEST_READ = 1 << 20
 """The most that may be asked of a file at once, except for its description, which is looked for in its last 2 MiB."""
@@ -43,7 +46,39 @@ def decoded(data: bytes) -> QemuStream | None:
     report = qemu_report(Path("file"), stream)
     assert all(line.isprintable() for line in report.text.split("\n"))
     assert report.json_lines()
+    for device in stream.devices:
+        convert(stream, device)
     return stream
+
+
+class SomeMemory:
+    """Guest memory that is there in the lower 4 GiB, and has the same bytes everywhere."""
+
+    def read(self, gpa: int, size: int) -> bytes:
+        assert 0 <= size <= 16 << 10, f"a read of {size} bytes of guest memory"
+        if gpa + size > 1 << 32:
+            raise IndexError(gpa)
+        return bytes(size)
+
+
+def convert(stream: QemuStream, device: QemuDevice) -> Snapshot | None:
+    """A snapshot that a live device could have made; None if the device was refused, in one line."""
+    ports = {port.id: PortConfig(port.id, f"org.test.{port.id}") for port in device.ports}
+    snapshot = None
+    for memory in SomeMemory(), None:
+        try:
+            moved = from_qemu(stream, ports, idstr=device.idstr, memory=memory)
+        except DocumentError as exc:
+            assert str(exc).isprintable()
+            assert len(str(exc)) < 1000
+            continue
+        assert stream.consistent
+        snapshot = moved.snapshot
+        assert Snapshot.decode(snapshot.encode()) == snapshot
+        assert [(queue.index, queue.base) for queue in moved.queues] == [
+            (queue.index, queue.next_avail) for queue in snapshot.queues
+        ]
+    return snapshot
 
 
 def _truncate(chance: random.Random, data: bytearray) -> None:

@@ -17,6 +17,9 @@ from vsport.vhost_user.message import (
     HEADER_SIZE,
     REQUESTS,
     Config,
+    DeviceState,
+    InflightArea,
+    LogBase,
     MemoryRegion,
     MemoryTable,
     OneRegion,
@@ -34,6 +37,9 @@ from vsport.vhost_user.session import OFFERED
 MEMORY_SIZE = 1 << 16
 QUEUES = 4
 EDGES = (0, 1, 2, 8, 0xFF, 0x100, 0xFFF, 0x1000, 0x7FFF, 0x8000, 0xFFFF, 2**31, 2**32 - 1, 2**63, 2**64 - 1)
+
+LOGGING = (1 << 30, 1 << 30 | 1 << 26)
+"""SET_FEATURES without dirty logging, and with it."""
 
 Message = tuple[bytes, list[int]]
 """The bytes of a message and the descriptors that go with it."""
@@ -62,6 +68,7 @@ class Target:
         self.memory = os.memfd_create("fuzz")
         os.ftruncate(self.memory, MEMORY_SIZE)
         self.kick = os.eventfd(0)
+        self.states = [os.memfd_create("state"), os.memfd_create("bad state")]
         self.fds = [
             self.memory,
             self.kick,
@@ -86,6 +93,7 @@ class Target:
         with ours:
             ours.setblocking(False)
             self._fill_memory(rng)
+            self._fill_states(rng)
             honest = self._honest_start(rng)[: rng.choice((0, 3, 99))]
             for data, fds in honest + [self._message(rng) for _ in range(rng.randrange(4))]:
                 self._send(ours, data, fds)
@@ -116,16 +124,32 @@ class Target:
             os.pwrite(self.memory, entry + offered + bytes(128), at)
         os.pwrite(self.memory, rng.randbytes(64), 0x4000)
 
+    def _fill_states(self, rng: random.Random) -> None:
+        """A state that can be loaded, and one with a byte changed; a save into any of the files is undone, too."""
+        state = self.device.snapshot().encode()
+        at = rng.randrange(len(state))
+        for fd, data in zip(self.states, (state, state[:at] + rng.randbytes(1) + state[at + 1 :]), strict=True):
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, data, 0)
+        os.ftruncate(self.memory, MEMORY_SIZE)
+        for fd in (self.memory, *self.states):
+            os.lseek(fd, 0, os.SEEK_SET)
+
     def _honest_start(self, rng: random.Random) -> list[Message]:
         table = MemoryTable((MemoryRegion(0, MEMORY_SIZE, 0, 0),))
         messages: list[Message] = [
             (encode_request(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED)), []),
-            (encode_request(Request.SET_FEATURES, encode_u64(self.device.features | 1 << 30)), []),
+            (encode_request(Request.SET_FEATURES, encode_u64(self.device.features | rng.choice(LOGGING))), []),
             (encode_request(Request.SET_MEM_TABLE, table.encode()), [self.memory]),
         ]
+        if rng.random() < 0.3:
+            messages.append((encode_request(Request.SET_LOG_BASE, LogBase(64, 0x8000).encode()), [self.memory]))
+        if rng.random() < 0.3:  # over the garbage that rings and buffers are made of
+            area = InflightArea(0x2000, rng.choice((0, 0x4000, 0xC000)), rng.randrange(1, 5), 8)
+            messages.append((encode_request(Request.SET_INFLIGHT_FD, area.encode()), [self.memory]))
         for index in rng.sample(range(QUEUES), rng.randrange(1, 3)):
             desc = index * 0x1000
-            address = VringAddress(index, 0, desc, desc + 256, desc + 128, 0)
+            address = VringAddress(index, rng.randrange(2), desc, desc + 256, desc + 128, desc)
             messages += [
                 (encode_request(Request.SET_VRING_NUM, VringState(index, 8).encode()), []),
                 (encode_request(Request.SET_VRING_BASE, VringState(index, 0).encode()), []),
@@ -180,7 +204,14 @@ class Target:
             case Request.ADD_MEM_REG | Request.REM_MEM_REG:
                 return OneRegion(region()).encode()
             case Request.SET_VRING_ADDR:
-                return VringAddress(index, 0, number(), number(), number(), 0).encode()
+                return VringAddress(index, rng.randrange(2), number(), number(), number(), number()).encode()
+            case Request.SET_LOG_BASE:
+                return LogBase(rng.choice((8, 64, number())), rng.choice((0, 0x8001, number()))).encode()
+            case Request.GET_INFLIGHT_FD | Request.SET_INFLIGHT_FD:
+                area = (number(), number(), number() & 0xFFFF, number() & 0xFFFF)
+                return InflightArea(*rng.choice(((0x2000, 0, QUEUES, 8), area)), rng.random() < 0.5).encode()
+            case Request.SET_DEVICE_STATE_FD:
+                return DeviceState(rng.randrange(3), rng.choice((0, 0, 0, number() & 0xFFFFFFFF))).encode()
             case Request.SET_VRING_KICK | Request.SET_VRING_CALL | Request.SET_VRING_ERR:
                 return VringFd(index & 0xFF, rng.random() < 0.2).encode()
             case Request.GET_CONFIG | Request.SET_CONFIG:

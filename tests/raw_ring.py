@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
+from mmap import mmap
 
-from vsport._ring import DeviceQueue, Memory, Region
+from vsport._ring import DeviceQueue, Inflight, Memory, Region
 
 NEXT = 1
 WRITE = 2
@@ -14,6 +15,8 @@ INDIRECT = 4
 DESC = struct.Struct("<QIHH")
 USED = struct.Struct("<II")
 U16 = struct.Struct("<H")
+FLIGHT_HEAD = struct.Struct("=QHHHH")
+FLIGHT_ENTRY = struct.Struct("=B5xHQ")
 
 FRONT_END = 0x7F00_0000_0000
 """What the front end calls guest-physical address 0."""
@@ -119,3 +122,45 @@ class RawRing:
         """All of guest memory except for the used ring, which is the device's own."""
         low = bytes(self.buffers[0])
         return low[: self.used] + low[self.data :] + bytes(self.buffers[1]) + bytes(self.buffers[2])
+
+
+class RawFlight:
+    """An in-flight region written and read by hand (R-VU-85), and what a queue takes of it."""
+
+    def __init__(self, size: int, memory: bytearray | mmap | None = None) -> None:
+        self.size = size
+        self.memory = bytearray(Inflight.footprint(size)) if memory is None else memory
+        self.region = Inflight(self.memory, 0, size)
+
+    @property
+    def head(self) -> tuple[int, int, int, int, int]:
+        """features, version, desc_num, last_batch_head, used_idx"""
+        features, version, desc_num, last_batch_head, used_idx = FLIGHT_HEAD.unpack_from(self.memory)
+        return features, version, desc_num, last_batch_head, used_idx
+
+    def put_head(
+        self, *, features: int = 0, version: int = 1, desc_num: int = -1, last: int = 0, used_idx: int = 0
+    ) -> None:
+        FLIGHT_HEAD.pack_into(
+            self.memory, 0, features, version, self.size if desc_num < 0 else desc_num, last, used_idx & 0xFFFF
+        )
+
+    def entry(self, head: int) -> tuple[int, int, int]:
+        """inflight, next, counter"""
+        inflight, following, counter = FLIGHT_ENTRY.unpack_from(self.memory, FLIGHT_HEAD.size * (1 + head))
+        return inflight, following, counter
+
+    def put_entry(self, head: int, *, inflight: int = 0, next: int = 0, counter: int = 0) -> None:
+        FLIGHT_ENTRY.pack_into(self.memory, FLIGHT_HEAD.size * (1 + head), inflight, next, counter)
+
+    def in_flight(self) -> list[int]:
+        """The heads of the chains in flight in the order of their counters."""
+        marked = [(self.entry(head)[2], head) for head in range(self.size) if self.entry(head)[0]]
+        return [head for _, head in sorted(marked)]
+
+    def last_batch(self, count: int) -> list[int]:
+        """The last ``count`` chains of the list of batches, the latest first."""
+        heads = [self.head[3]]
+        while len(heads) < count:
+            heads.append(self.entry(heads[-1])[1])
+        return heads

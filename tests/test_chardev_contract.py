@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import fcntl
 import inspect
 import os
+import socket
 import stat
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from chardev_peers import HOSTS, Host, Rig
+from chardev_peers import HOSTS, Host, Rig, open_descriptors, shipped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsport.chardev import KINDS, inotify, make
 from vsport.chardev.base import AlwaysConnected
+from vsport.document import DocumentError
 from vsport.errors import HostError, UsageError
 from vsport.loop import WRITE
+from vsport.parcel import Delivery, Parcel
 
 BULK = os.urandom(300_000)
 
@@ -246,6 +252,269 @@ def test_opens_again_after_close(rig: Rig) -> None:
     rig.wire.events.clear()
     rig.start()
     assert rig.wire.events == ["connected"]
+
+
+# -- going on in another process -------------------------------------------------------------------------------------
+
+
+def converse(rig: Rig, word: bytes) -> None:
+    """One word in each direction that the kind has."""
+    if rig.host.hears:
+        rig.wire.send(word)
+        assert rig.host.hear(rig.wire, len(word)) == word
+    if rig.host.sends:
+        so_far = len(rig.wire.received)
+        assert rig.host.send(word) == len(word)
+        rig.wire.until(lambda: len(rig.wire.received) == so_far + len(word))
+        assert rig.wire.received[so_far:] == word
+
+
+@pytest.fixture
+def started(rig: Rig) -> Rig:
+    rig.start()
+    rig.wire.settle()
+    return rig
+
+
+@where(lambda host: host.leaves)
+def test_the_very_session_goes_on_after_a_handover(started: Rig) -> None:
+    rig = started
+    described = rig.wire.chardev.describe()
+    for turn in range(5):
+        converse(rig, b"turn %d" % turn)
+        if rig.host.sends:
+            rig.host.send(b"under way")
+        rig.hand_over()
+        assert rig.wire.chardev.connected
+        assert rig.wire.chardev.describe() == described
+        if rig.host.sends:
+            rig.wire.until(lambda: rig.wire.received == b"under way")
+        if rig.host.hears:
+            assert rig.host.receive() is None  # no end of file
+    converse(rig, b"still here")
+    assert rig.wire.events == []
+
+
+@where(lambda host: not host.leaves)
+def test_a_handover_is_no_news_where_nobody_can_leave(started: Rig) -> None:
+    rig = started
+    for _ in range(3):
+        rig.hand_over()
+        rig.wire.settle()
+        assert rig.wire.chardev.connected
+        assert rig.wire.events == []
+        if rig.host.kind == "ringbuf":
+            rig.host.attach(rig.wire.chardev)
+        if rig.host.hears:
+            rig.wire.send(b"word")
+            assert rig.host.hear(rig.wire, 4) == b"word"
+
+
+@where(lambda host: host.leaves)
+def test_a_peer_that_leaves_after_a_handover_is_noticed_and_the_next_one_too(started: Rig) -> None:
+    rig = started
+    rig.hand_over()
+    rig.leave()
+    assert rig.wire.events == ["disconnected"]
+    if rig.host.returns:
+        rig.connect()
+        converse(rig, b"hello")
+        assert rig.wire.events == ["disconnected", "connected"]
+
+
+@where(lambda host: host.leaves)
+def test_a_peer_that_leaves_meanwhile_is_noticed_by_the_successor(started: Rig) -> None:
+    rig = started
+    state, delivery = shipped(rig.wire.chardev)
+    if rig.host.sends:
+        rig.host.send(b"last words")
+    rig.host.leave()
+    old, rig.wire = rig.wire, rig.successor()
+    rig.wire.take(state, delivery)
+    old.chardev.release()
+    assert rig.wire.chardev.connected
+    rig.wire.resume()
+    rig.wire.until(lambda: rig.wire.events)
+    assert rig.wire.events == ["disconnected"]
+    if rig.host.sends and KINDS[rig.host.kind].eof_ends_session:
+        assert rig.wire.received == b"last words"
+    assert old.events == ["connected"]
+
+
+@where(lambda host: host.leaves and host.returns)
+def test_without_a_peer_the_successor_waits_for_the_next_one(rig: Rig) -> None:
+    rig.open()
+    rig.wire.settle()
+    for _ in range(2):
+        rig.hand_over()
+        rig.wire.settle()
+        assert not rig.wire.chardev.connected
+    rig.connect()
+    converse(rig, b"hello")
+    assert rig.wire.events == ["connected"]
+
+
+@where(lambda host: host.leaves and host.returns)
+def test_a_peer_that_comes_meanwhile_is_the_successors(rig: Rig) -> None:
+    rig.open()
+    rig.wire.settle()
+    rig.host.connect()
+    rig.hand_over()
+    assert not rig.wire.chardev.connected
+    rig.wire.until(lambda: rig.wire.chardev.connected)
+    converse(rig, b"hello")
+
+
+def test_a_session_that_has_just_ended_is_over_for_the_successor_too(started: Rig) -> None:
+    rig = started
+    rig.wire.chardev.disconnect()
+    rig.hand_over()
+    assert not rig.wire.chardev.connected
+    if rig.host.leaves and rig.host.returns:
+        rig.host.leave()
+        rig.connect()
+    else:
+        rig.wire.until(lambda: rig.wire.chardev.connected)
+    assert rig.wire.events[-1] == "connected"
+
+
+def test_giving_changes_nothing(started: Rig) -> None:
+    rig = started
+    for _ in range(3):
+        shipped(rig.wire.chardev)[1].close()
+    taker = rig.successor()
+    state, delivery = shipped(rig.wire.chardev)
+    taker.take(state, delivery)
+    taker.chardev.release()  # it had second thoughts
+    taker.chardev.release()
+    assert not taker.chardev.connected
+    rig.wire.settle()
+    assert rig.wire.events == ["connected"]
+    if rig.host.leaves:
+        converse(rig, b"as before")
+        rig.leave()
+        if rig.host.returns:
+            rig.connect()
+
+
+def test_files_belong_to_the_successor(rig: Rig) -> None:
+    rig.open()
+    before = sorted(os.listdir(rig.directory))
+    for _ in range(2):
+        old = rig.wire
+        rig.hand_over()
+        old.chardev.close()
+        assert sorted(os.listdir(rig.directory)) == before
+    rig.wire.chardev.close()
+    assert set(os.listdir(rig.directory)) <= {"in", "out", "p.in", "p.out"}  # the user's own files
+
+
+@where(lambda host: host.kind == "socket" and host.returns)
+def test_who_gave_a_path_away_does_not_remove_it_later(rig: Rig) -> None:
+    """Not even when it fails to listen there anew."""
+    rig.open()
+    old = rig.wire
+    rig.hand_over()
+    with contextlib.suppress(HostError):
+        old.open()
+    old.chardev.close()
+    rig.connect()
+
+
+def test_the_log_goes_on_in_another_process(host_class: type[Host]) -> None:
+    with Rig(host_class) as outer:
+        path = outer.directory / "log"
+        with Rig(host_class, logfile=str(path)) as rig:
+            rig.start()
+            rig.wire.send(b"one ")
+            rig.hand_over()
+            rig.wire.send(b"two")
+        assert path.read_bytes() == b"one two"
+
+
+def wrong_states(state: Any) -> Iterator[Any]:
+    """Every state with one thing in it wrong."""
+    if isinstance(state, dict):
+        yield {**state, "superfluous": 1}
+        for name, value in state.items():
+            yield {other: state[other] for other in state if other != name}
+            yield from ({**state, name: wrong} for wrong in wrong_states(value))
+            if name in ("session", "socket", "master") and value >= 0:
+                yield {**state, name: -1}
+    elif isinstance(state, list):
+        for at, value in enumerate(state):
+            yield from ([*state[:at], wrong, *state[at + 1 :]] for wrong in wrong_states(value))
+    yield from (None, "?", 1.5, -2, 2**70, [[]], [{}])
+
+
+def refuse(rig: Rig, state: Any, delivery: Delivery) -> None:
+    """A successor does not take ``state``, and nothing stays open in its process."""
+    taker = rig.successor()
+    with pytest.raises(DocumentError) as refusal:
+        taker.take(state, delivery)
+    assert str(refusal.value).startswith("chardev")
+    assert "\n" not in str(refusal.value)
+    assert not taker.chardev.connected
+    delivery.close()
+    taker.loop.close()
+
+
+def test_a_state_that_is_wrong_is_refused_and_nothing_is_left_open(started: Rig) -> None:
+    rig = started
+    good, delivery = shipped(rig.wire.chardev)
+    delivery.close()
+    before = open_descriptors()
+    for wrong in wrong_states(good):
+        refuse(rig, wrong, shipped(rig.wire.chardev)[1])
+        assert open_descriptors() == before, wrong
+    assert rig.wire.chardev.connected
+    if rig.host.leaves:
+        converse(rig, b"unharmed")
+
+
+def test_the_state_of_another_kind_is_refused(started: Rig) -> None:
+    for host in HOSTS.values():
+        if host.kind != started.host.kind:
+            with Rig(host) as other:
+                refuse(other, *shipped(started.wire.chardev))
+
+
+def test_descriptors_that_are_something_else_are_refused(started: Rig) -> None:
+    rig = started
+    parcel = Parcel()
+    state = rig.wire.chardev.give(parcel)
+    before = open_descriptors()
+    for at, right in enumerate(parcel.fds):
+        for wrong in unsuitable(right):
+            fds = [os.dup(fd) for fd in parcel.fds]
+            os.dup2(wrong, fds[at], inheritable=False)
+            os.close(wrong)
+            refuse(rig, copy.deepcopy(state), Delivery(fds))
+            assert open_descriptors() == before
+
+
+def unsuitable(right: int) -> Iterator[int]:
+    """Descriptors that are not like ``right``: of another kind, for the other direction, such that block."""
+    yield os.open("/", os.O_PATH)
+    yield os.open("/dev/zero", os.O_RDWR)
+    yield socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).detach()
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    direction = fcntl.fcntl(right, fcntl.F_GETFL) & os.O_ACCMODE
+    os.close(writing if direction == os.O_WRONLY else reading)
+    yield reading if direction == os.O_WRONLY else writing
+
+
+# -- content -------------------------------------------------------------------------------------------------------
+
+
+@where(lambda host: host.kind != "ringbuf")
+def test_most_kinds_hold_nothing_that_has_to_be_saved(started: Rig) -> None:
+    chardev = started.wire.chardev
+    assert chardev.save() == b""
+    chardev.check(b"")
+    chardev.load(b"")
+    with pytest.raises(DocumentError, match=f"chardev c0: a {chardev.kind} holds nothing"):
+        chardev.check(b"x")
 
 
 # -- options -------------------------------------------------------------------------------------------------------

@@ -81,6 +81,35 @@ def test_without_input_path_there_is_nothing_to_read(rig: Rig) -> None:
     assert wire.chardev.read_fd == -1
 
 
+def test_both_files_go_on_where_they_were_in_another_process(rig: Rig) -> None:
+    (rig.directory / "in").write_bytes(b"0123456789")
+    wire = rig.make("file", path=str(rig.directory / "out"), input_path=str(rig.directory / "in"))
+    wire.open()
+    os.lseek(wire.chardev.read_fd, 4, os.SEEK_SET)  # the guest has read so far
+    wire.send(b"one ")
+    wire = rig.hand_over(wire)
+    wire.until(lambda: wire.received == b"456789")
+    wire.send(b"two ")
+    wire.chardev.disconnect()
+    wire.until(lambda: wire.chardev.connected)
+    wire.send(b"three")
+    assert (rig.directory / "out").read_bytes() == b"one two three"
+
+
+def test_a_file_that_cannot_be_opened_just_now_is_tried_again_by_the_successor(rig: Rig) -> None:
+    (rig.directory / "d").mkdir()
+    wire = rig.make("file", path=str(rig.directory / "d" / "out"))
+    wire.open()
+    (rig.directory / "d" / "out").unlink()
+    (rig.directory / "d").rmdir()
+    wire.chardev.disconnect()
+    wire = rig.hand_over(wire)
+    wire.loop.run_until(lambda: False, 0.05)
+    assert wire.events == []
+    (rig.directory / "d").mkdir()
+    wire.until(lambda: wire.events == ["connected"])
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -103,6 +103,33 @@ def test_a_fifo_that_was_removed_may_come_back(rig: Rig, monkeypatch: pytest.Mon
     rig.leave()
     rig.loop.run_until(lambda: False, pipe._REST_SECONDS + 0.05)  # it has looked, and found nothing
     os.mkfifo(rig.directory / "p.out")
-    rig.wire.until(lambda: rig.wire.chardev._output >= 0)  # type: ignore[attr-defined]
+    rig.wire.until(lambda: rig.wire.chardev._held("output") >= 0)
     rig.connect()
     assert rig.wire.events == ["connected", "disconnected", "connected"]
+
+
+def test_a_pause_between_two_sessions_goes_on_in_another_process(rig: Rig) -> None:
+    """A reader who stayed sees the end of the session that is over, whoever holds the FIFO by then."""
+    rig.start()
+    rig.wire.chardev.disconnect()
+    rig.hand_over()
+    assert rig.host.hear(rig.wire, 1) == b""
+    rig.host.leave()
+    rig.wire.settle()
+    rig.connect()
+    assert rig.wire.events == ["connected"]
+
+
+def test_one_fifo_goes_on_in_another_process(rig: Rig) -> None:
+    os.mkfifo(rig.directory / "one")
+    wire = rig.make("pipe", path=str(rig.directory / "one"))
+    wire.open()
+    for _ in range(2):
+        wire = rig.hand_over(wire)
+        reader = os.open(rig.directory / "one", os.O_RDONLY | os.O_NONBLOCK)
+        wire.until(lambda: wire.chardev.connected)  # noqa: B023
+        wire = rig.hand_over(wire)
+        wire.send(b"hello")
+        assert os.read(reader, 100) == b"hello"
+        os.close(reader)
+        wire.until(lambda: not wire.chardev.connected)  # noqa: B023

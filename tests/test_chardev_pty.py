@@ -142,6 +142,30 @@ def test_close_leaves_a_link_that_is_another_s_by_now(rig: Rig) -> None:
     assert os.readlink(link) == "/dev/null"
 
 
+# -- going on in another process -----------------------------------------------------------------------------------
+
+
+def test_modes_that_the_host_set_are_kept_as_long_as_it_stays(rig: Rig) -> None:
+    rig.start()
+    terminal = rig.host.source  # type: ignore[attr-defined]
+    modes = termios.tcgetattr(terminal)
+    modes[LOCAL_MODES] |= termios.ISIG
+    termios.tcsetattr(terminal, termios.TCSANOW, modes)
+    rig.hand_over()
+    assert local_modes(terminal) == termios.ISIG
+    rig.leave()
+    rig.connect()
+    assert local_modes(rig.host.source) == 0  # type: ignore[attr-defined]
+
+
+def test_a_link_that_it_did_not_make_is_not_removed_by_the_successor(rig: Rig) -> None:
+    wire = rig.make("pty")
+    wire.open()
+    (rig.directory / "mine").symlink_to(wire.chardev.describe().removeprefix("pty:"))
+    rig.hand_over(wire).chardev.close()
+    assert os.path.islink(rig.directory / "mine")
+
+
 # -- noticing opens ------------------------------------------------------------------------------------------------
 
 

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chardev_peers import HOSTS, Rig, Wire
+from chardev_peers import HOSTS, Rig, Wire, shipped
 
 from vsport.addresses import TcpAddress
 from vsport.chardev import make
 from vsport.chardev import socket as chardev_socket
+from vsport.document import DocumentError
 from vsport.errors import HostError
 from vsport.loop import WRITE
 
@@ -344,6 +345,135 @@ def has_ipv6() -> bool:
     except OSError:
         return False
     return True
+
+
+# -- going on in another process -----------------------------------------------------------------------------------
+
+
+def test_a_port_that_was_chosen_stays(rig: Rig) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = min(taken.getsockname()[1], 65000)
+        for options in ({"port": "0"}, {"port": str(port), "to": str(port + 100)}):
+            wire = rig.make("socket", host="127.0.0.1", server="on", **options)
+            wire.open()
+            chosen = port_of(wire)
+            for _ in range(2):
+                wire = rig.hand_over(wire)
+                assert port_of(wire) == chosen
+            with socket.create_connection(("127.0.0.1", chosen)):
+                wire.until(lambda: wire.events == ["connected"])  # noqa: B023
+            wire.chardev.close()
+
+
+def test_all_listening_sockets_of_a_name_go_along(rig: Rig) -> None:
+    wire = rig.make("socket", port="0", server="on")
+    wire.open()
+    wire = rig.hand_over(wire)
+    for host in ["127.0.0.1", "::1"] if has_ipv6() else ["127.0.0.1"]:
+        with socket.create_connection((host, port_of(wire))):
+            wire.until(lambda: wire.chardev.connected)
+        wire.until(lambda: not wire.chardev.connected)
+
+
+@pytest.mark.parametrize("mine", [{"port": "0"}, {"path": "s"}, {"path": "s", "abstract": "on"}])
+def test_a_listening_socket_of_another_chardev_is_refused(rig: Rig, mine: dict[str, str]) -> None:
+    mine = {name: str(rig.directory / value) if name == "path" else value for name, value in mine.items()}
+    wire = rig.make("socket", server="on", **mine)
+    wire.open()
+    others = [{"path": str(rig.directory / "other")}, {"path": str(rig.directory / "s2"), "abstract": "on"}]
+    for other in [*others, {"host": "127.0.0.1", "port": str(port_of(wire) ^ 1)}] if "port" in mine else others:
+        state, delivery = shipped(wire.chardev)
+        with pytest.raises(DocumentError):
+            rig.make("socket", server="on", **other).take(state, delivery)
+        delivery.close()
+
+
+def test_a_client_does_not_listen_and_a_server_does(rig: Rig) -> None:
+    listening = server(rig, rig.directory / "s")
+    listening.open()
+    with unix_client(rig.directory / "s"):
+        listening.until(lambda: listening.chardev.connected)
+        state, delivery = shipped(listening.chardev)
+        with pytest.raises(DocumentError, match="a client does not listen"):
+            rig.make("socket", path=str(rig.directory / "s")).take(state, delivery)
+        delivery.close()
+        state, delivery = shipped(listening.chardev)
+        state["address"]["listeners"].clear()
+        with pytest.raises(DocumentError, match="no socket listens"):
+            rig.successor(listening).take(state, delivery)
+        delivery.close()
+
+
+def test_clients_in_the_queue_are_served_by_the_successor(rig: Rig) -> None:
+    wire = server(rig, rig.directory / "s")
+    wire.open()
+    with unix_client(rig.directory / "s") as first, unix_client(rig.directory / "s") as second:
+        first.send(b"1")
+        second.send(b"2")
+        wire.until(lambda: wire.received == b"1")
+        wire = rig.hand_over(wire)
+        wire.settle()
+        assert wire.events == []
+        first.close()
+        wire.until(lambda: wire.received == b"2")
+        assert wire.events == ["disconnected", "connected"]
+
+
+def test_a_connect_that_is_under_way_begins_anew(rig: Rig) -> None:
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        port = listener.getsockname()[1]
+        stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+        wire = rig.make("socket", host="127.0.0.1", port=str(port), reconnect="3600")
+        wire.open()
+        wire.settle()
+        wire = rig.hand_over(wire)
+        stack.enter_context(listener.accept()[0])
+        wire.until(lambda: wire.events == ["connected"])
+
+
+def test_a_client_that_waits_tries_at_once_in_another_process_and_looks_nothing_up(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    wire = rig.make("socket", host="localhost", port=str(port), reconnect="3600")
+    wire.open()
+    wire.settle()
+    monkeypatch.delattr(socket, "getaddrinfo")
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        wire = rig.hand_over(wire)
+        wire.until(lambda: wire.events == ["connected"])
+        listener.accept()[0].close()
+
+
+def test_a_client_without_reconnect_stays_away_in_another_process_too(rig: Rig) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(rig.directory / "s"))
+        listener.listen()
+        wire = rig.make("socket", path=str(rig.directory / "s"))
+        wire.open()
+        listener.accept()[0].close()
+        wire.until(lambda: not wire.chardev.connected)
+        wire = rig.hand_over(wire)
+        wire.settle()
+        assert not wire.loop._timers
+        assert wire.events == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"host": "localhost"}, {"host": ""}, {"host": "::1\0"}, {"family": 1}, {"family": 10}, {"port": 65536}]
+)
+def test_an_address_that_would_be_looked_up_is_refused(rig: Rig, wrong: dict[str, object]) -> None:
+    wire = rig.make("socket", host="127.0.0.1", port="1", reconnect="3600")
+    wire.open()
+    state, delivery = shipped(wire.chardev)
+    state["address"]["found"][0].update(wrong)
+    with pytest.raises(DocumentError, match=r"chardev.address.found\[0\]: "):
+        rig.successor(wire).take(state, delivery)
+    delivery.close()
 
 
 # -- describe ------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from chardev_peers import HOSTS, Rig, Wire, readiness
+from chardev_peers import HOSTS, Rig, Wire, readiness, shipped
 
+from vsport.document import DocumentError
 from vsport.errors import HostError
 
 
@@ -76,6 +77,66 @@ def test_a_terminal_is_made_raw_and_gets_its_modes_back(signal: str) -> None:
         assert termios.tcgetattr(terminal) == before
 
 
+def test_a_terminal_gets_its_modes_back_from_the_last_one_who_has_it() -> None:
+    with on_a_terminal() as (master, terminal), Rig() as rig:
+        before: list[Any] = termios.tcgetattr(terminal)
+        wire = rig.make("stdio", signal="off")
+        wire.open()
+        raw = termios.tcgetattr(terminal)
+        assert raw != before
+        for _ in range(2):
+            wire = rig.hand_over(wire)
+            assert termios.tcgetattr(terminal) == raw
+        os.write(master, b"typed\r")
+        wire.until(lambda: wire.received == b"typed\r")
+        wire.chardev.close()
+        assert termios.tcgetattr(terminal) == before
+
+
+def test_a_terminal_that_was_raw_before_stays_so() -> None:
+    """What VMIN and VTIME are then, tcgetattr() gives as numbers."""
+    with on_a_terminal() as (_, terminal), Rig() as rig:
+        tty.setraw(terminal)
+        before: list[Any] = termios.tcgetattr(terminal)
+        wire = rig.make("stdio")
+        wire.open()
+        rig.hand_over(wire).chardev.close()
+        assert termios.tcgetattr(terminal) == before
+
+
+@pytest.mark.parametrize("modes", ["00", "00" * 55, "00" * 57])
+def test_modes_that_are_no_terminals_are_refused(modes: str) -> None:
+    with on_a_terminal(), Rig() as rig:
+        wire = rig.make("stdio")
+        wire.open()
+        state, delivery = shipped(wire.chardev)
+        with pytest.raises(DocumentError, match="modes are not a terminal's"):
+            rig.successor(wire).take({**state, "modes": modes}, delivery)
+        delivery.close()
+
+
+def test_modes_without_a_terminal_are_refused(pipes: list[int]) -> None:
+    with standard_streams(pipes[0], pipes[3]), Rig() as rig:
+        wire = rig.make("stdio")
+        wire.open()
+        state, delivery = shipped(wire.chardev)
+        with pytest.raises(DocumentError, match="no terminal that they belong to"):
+            rig.successor(wire).take({**state, "modes": "00" * 56}, delivery)
+        delivery.close()
+
+
+def test_a_successor_needs_no_standard_streams_of_its_own(pipes: list[int]) -> None:
+    with Rig() as rig:
+        with standard_streams(pipes[0], pipes[3]):
+            wire = rig.make("stdio")
+            wire.open()
+        wire = rig.hand_over(wire)
+        wire.send(b"heard")
+        assert os.read(pipes[2], 100) == b"heard"
+        os.write(pipes[1], b"said")
+        wire.until(lambda: wire.received == b"said")
+
+
 def test_a_terminal_that_others_use_keeps_blocking() -> None:
     """Its open file is that of standard error and of the shell."""
     with on_a_terminal() as (_, terminal), Rig() as rig:
@@ -105,6 +166,8 @@ def test_a_socket_cannot_be_opened_anew_and_gets_its_flag_back() -> None:
         wire.until(lambda: wire.received == b"in")
         wire.send(b"out")
         assert there.recv(10) == b"out"
+        wire = rig.hand_over(wire)
+        assert nonblocking(here.fileno())
         wire.chardev.close()
         assert not nonblocking(here.fileno())
 

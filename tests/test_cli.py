@@ -56,6 +56,13 @@ def vsport(*arguments, **options):
             "virtserialport,chardev=c0",
         ],
         ["serve", "--socket-path", "/x", "--chardev", "ringbuf,id=c0,size=3", "--device", "virtserialport,chardev=c0"],
+        ["serve", "--socket-path", "/x", "--handover", ""],
+        ["serve", "--socket-path", "/x", "--handover", "/tmp/" + "x" * 200],
+        ["serve", "--takeover", ""],
+        ["serve", "--takeover", "/no/such/offer"],
+        ["serve", "--takeover", "/tmp/" + "x" * 200],
+        ["serve", "--takeover", "/x", "--handover", "/tmp/" + "x" * 200],
+        ["serve", "--takeover", "/no/such\x1b/offer\udcff"],
         ["demo", "--guest", "windows"],
         ["demo", "surplus"],
         ["demo", "--guest", "uml", "--lab", "/no/such/lab"],
@@ -149,8 +156,21 @@ def test_completion_scripts_know_the_options(shell):
 
 def test_bash_completes_files_and_directories_where_an_option_takes_them():
     script = vsport("completion", "bash").stdout
-    assert "_serve___socket_path_COMPGEN=_shtab_compgen_files" in script
+    for option in ("socket_path", "handover", "takeover"):
+        assert f"_serve___{option}_COMPGEN=_shtab_compgen_files" in script
     assert "_lab_build___dir_COMPGEN=_shtab_compgen_dirs" in script
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--chardev", "null,id=c0"), ("--device", "virtserialport"), ("--socket-path", "/y"), ("--fd", "0")],
+)
+def test_a_device_that_is_taken_over_is_as_it_is(option, value):
+    done = vsport("serve", "--takeover", "/x", option, value)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"vsport serve: --takeover brings the device along as it is, with its chardevs and its VMM: no {option}\n"
+    )
 
 
 def test_qemus_single_dash_will_do():

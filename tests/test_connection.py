@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 
-from vsport.connection import TABLE, Cause, Effect, Refused, State, Transition
+from vsport.connection import LETS_THROUGH, TABLE, Cause, Effect, Policy, Refused, State, Transition
 
 CAUSES = list(Cause)
+MOVES = {Cause.RESTORE, Cause.HANDOVER}
 
 
 def bits(state):
@@ -79,6 +80,8 @@ def test_on_every_path_both_sides_know_the_truth(depth):
         for cause in path:
             before = state
             state, effects = step(state, cause)
+            if cause in MOVES:
+                guest_as_told = None  # the back end was made a moment ago
             if not state.device_ready or not before.device_ready:
                 host_as_told = False  # a driver that begins anew knows of no host
             for effect in effects:
@@ -91,6 +94,43 @@ def test_on_every_path_both_sides_know_the_truth(depth):
             if state.device_ready:
                 assert host_as_told is state.host_connected, path
             assert guest_as_told is state.guest_connected, path
+
+
+@pytest.mark.parametrize(
+    ("policy", "told_if_open", "told_if_closed"),
+    [
+        (Policy.SILENT, [], []),
+        (Policy.REPLAY, [True], []),
+        (Policy.BACKEND, [], []),
+        (Policy.RECONNECT, [False, True], [False]),
+    ],
+)
+def test_each_answer_of_the_thread_lets_the_back_end_hear_its_part(policy, told_if_open, told_if_closed):
+    """The bug of 2011, Levy's and Armbruster's replay, Shah's own section, Liguori's close and open."""
+    words = {Effect.TELL_BACK_END_OPEN: True, Effect.TELL_BACK_END_CLOSED: False}
+    for state in State:
+        row = TABLE[state, Cause.RESTORE]
+        assert isinstance(row, Transition)
+        let = [effect for effect in row.effects if effect in LETS_THROUGH[policy]]
+        told = [words[effect] for effect in let if effect in words]
+        assert told == (told_if_open if state.guest_connected else told_if_closed)
+        assert (Effect.LOAD_BACK_END in let) is (policy in {Policy.BACKEND, Policy.RECONNECT})
+
+
+@pytest.mark.parametrize("cause", [Cause.PAUSE, Cause.RESUME, Cause.SAVE, Cause.RESTORE, Cause.HANDOVER])
+def test_what_happens_to_the_machine_moves_no_bit(cause):
+    """R-MIG-25: a pause keeps everything, and a move brings what was saved."""
+    for state in State:
+        after, _effects = step(state, cause)
+        assert after is state
+
+
+def test_a_moved_port_tells_its_back_end_the_truth_before_anything_else_can_happen():
+    """Nothing flows by a restore or a handover itself: bytes wait for the RESUME that follows."""
+    for state, cause in itertools.product(State, MOVES):
+        _, effects = step(state, cause)
+        assert Effect.FLOW not in effects
+        assert effects[-1] is (Effect.TELL_BACK_END_OPEN if state.guest_connected else Effect.TELL_BACK_END_CLOSED)
 
 
 def test_a_host_that_leaves_leaves_no_chain_behind():

@@ -73,7 +73,7 @@ def test_a_whole_command_line():
         (["null,id=c0,id=c1"], [], "given twice"),
         (["null,id=c0", "null,id=c0"], [], "given to two"),
         ([], ["floppy"], "unknown device 'floppy'; known are virtserialport, virtconsole"),
-        ([], ["virtserialport,colour=red"], "unknown option 'colour'; known: bus, chardev, id, name, nr"),
+        ([], ["virtserialport,colour=red"], "unknown option 'colour'; known: away, bus, chardev, id, name, nr, on_res"),
         ([], ["virtserialport,cols=80"], "unknown option 'cols'"),
         ([], ["virtserialport,chardev=c9"], "no --chardev with id=c9"),
         (["null,id=c0"], ["virtserialport,chardev=c0", "virtserialport,chardev=c0"], "used by two ports"),

@@ -9,16 +9,17 @@ from vsport.connection import TABLE, Cause, Refused, State
 from vsport.constants import Event
 from vsport.control import Message
 from vsport.errors import GuestError, UsageError
-from vsport.port import Port, PortConfig
+from vsport.port import BackEnd, Port, PortConfig
 
 
-class Notes:
+class Notes(BackEnd):
     """Both what a port's device (Links) and what its back end hear."""
 
     def __init__(self):
         self.told = []
         self.heard = []
         self.looks = []
+        self.drops = []
         self.moves = []
 
     def tell(self, message):
@@ -40,7 +41,8 @@ class Notes:
     def guest_connected(self, connected, cause):
         self.heard.append((connected, cause))
 
-    def emergency_write(self, byte): ...
+    def dropped(self, port, count, whose):
+        self.drops.append((count, whose))
 
 
 def make(**config):

@@ -298,7 +298,11 @@ class Sentence(Chardev):
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         os.write(writer, b"a sentence")
         os.close(writer)
-        self._connected(reader, os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+        self._keep("input", reader)
+        self._connected(os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC))
+
+    def _ends(self):
+        return self._held("input"), self._passing
 
 
 def test_input_that_ended_before_the_guest_opened_is_kept_for_it():

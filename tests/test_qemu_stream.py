@@ -129,7 +129,7 @@ def test_a_chain_of_1024_segments():
     assert (element.segments, element.bytes_left, element.resumes_at) == (segments, 1023, 0x1000 * 1023)
 
 
-@pytest.mark.parametrize("features", [VERSION_1 | INDIRECT, VERSION_1 | INDIRECT | PACKED])
+@pytest.mark.parametrize("features", [2 | VERSION_1 | INDIRECT, 2 | VERSION_1 | INDIRECT | PACKED])
 @pytest.mark.parametrize("describe", [True, False])
 def test_several_chains_with_and_without_their_length_in_front(features, describe):
     """R-MIG-15."""
@@ -181,6 +181,13 @@ def test_what_a_newer_qemu_adds_is_passed_over(describe):
     assert device.size == len(Section(subsections=(("virtio/news", bytes(77)),)).body)
 
 
+def test_a_subsection_whose_name_is_noise_is_told_shortly():
+    device = device_of(Section(subsections=(("\x90" * 100, bytes(7)),)))
+    (finding,) = device.findings
+    assert finding.what.isprintable()
+    assert len(finding.what) < 120
+
+
 def test_the_configuration_at_the_start():
     """R-MIG-02."""
     parts = subsection("configuration/capabilities", struct.pack(">IB", 1, 10) + b"mapped-ram")
@@ -219,7 +226,7 @@ def sections(draw):
     max_ports = draw(st.integers(1, 70))
     ids = draw(st.lists(st.integers(0, max_ports - 1), unique=True, max_size=4))
     ports = tuple((id, draw(st.integers(0, 1)), draw(st.integers(0, 1)), draw(chains)) for id in ids)
-    features = draw(st.sampled_from([2, 2 | INDIRECT, VERSION_1, VERSION_1 | INDIRECT, VERSION_1 | INDIRECT | PACKED]))
+    features = draw(st.sampled_from([2, 2 | INDIRECT, 2 | VERSION_1, 2 | VERSION_1 | INDIRECT | PACKED]))
     transport = draw(st.sampled_from([{"vectors": 0}, {}, {"express": True}]))
     return Section(ports=ports, max_ports=max_ports, features=features, **transport)
 
@@ -344,6 +351,7 @@ def test_no_footers():
 
 LONG = ((0, 1),) * 129
 TOO_LONG = ((0, 1),) * 1025
+HUGE = ((0, 1 << 32),)
 TOP = (((1 << 64) - 1, 9),)
 
 
@@ -363,9 +371,12 @@ TOP = (((1 << 64) - 1, 9),)
         (Section(ports=((1, 2, 1, None),)), "R-MIG-13", "have to be 0 or 1"),
         (Section(said_ports=4), "R-MIG-13", "8 queues are for 3 ports, but the number of ports is 4"),
         (Section(status=3), "R-MIG-13", "open in a guest that has no driver"),
+        (Section(features=VERSION_1), "R-CON-37", "port 1 is open in a guest that knows port 0 only"),
+        (Section(ports=((1, 1, 1, Chain(0, HUGE, 0, 0)),)), "R-MIG-24", "longer than a descriptor can say"),
         (Section(ports=((1, 1, 1, Chain(iov_idx=2)),)), "R-MIG-24", "goes on in segment 2 of 2"),
         (Section(ports=((1, 1, 1, Chain(iov_offset=201)),)), "R-MIG-24", "behind the end of segment 1"),
         (Section(ports=((1, 1, 1, Chain(head=128)),)), "R-MIG-24", "begins at descriptor 128 of 128"),
+        (Section(ports=((1, 1, 1, Chain()),), queues={5: {"desc": 0}}), "R-MIG-24", "in queue 5, which is not set up"),
         (Section(ports=((1, 1, 1, Chain(in_num=1)),)), "R-MIG-24", "for the device to write"),
         (Section(ports=((1, 1, 1, Chain(0, TOP, 0, 0)),)), "R-MIG-24", "64 bits"),
         (Section(ports=((1, 1, 1, Chain(0, TOO_LONG, 0, 0)),)), "R-MIG-24", "a chain of 1025"),

@@ -459,6 +459,59 @@ def test_forget_partial(make: MakePair) -> None:
     assert pair.device.offset == 0
 
 
+def test_a_restored_queue_goes_on_where_another_one_was(pair: Pair) -> None:
+    pair.send(b"abcdef")
+    assert pair.device.drain(pair.write_fd, budget=2) is Status.MORE
+    where = pair.device.stop(), pair.device.offset
+    pair.device = DeviceQueue(1)
+    pair.device.restore(*where)
+    assert (pair.device.next_avail, pair.device.offset) == (0, 2)
+    pair.start(reset=False)
+    assert pair.device.drain(pair.write_fd) is Status.EMPTY
+    assert pair.host_reads() == b"abcdef"
+    assert pair.collected() == [0]
+
+
+def test_a_restored_offset_is_of_one_chain_only(make: MakePair) -> None:
+    pair = make()
+    pair.device.stop()
+    for base, reset, offset in ((65535, False, 7), (65535, True, 0), (0, False, 0)):
+        pair.device.restore(65535, 7)
+        pair.start(base=base, reset=reset)
+        assert (pair.device.next_avail, pair.device.offset) == (base, offset)
+        pair.device.stop()
+
+
+def test_a_restored_offset_beyond_the_chain_completes_it(make: MakePair) -> None:
+    """The guest has made its chain shorter, or the document lied: no byte is made up."""
+    pair = make()
+    pair.send(b"abc")
+    pair.device.stop()
+    pair.device.restore(0, 1 << 48)
+    pair.start(reset=False)
+    assert pair.device.drain(pair.write_fd) is Status.EMPTY
+    assert (pair.host_reads(), pair.collected(), pair.device.offset) == (b"", [0], 0)
+
+
+@pytest.mark.parametrize(
+    ("next_avail", "offset"), [(-1, 0), (65536, 0), (0, -1), (0, (1 << 48) + 1), (1 << 70, 0), (0, 1 << 70)]
+)
+def test_what_no_queue_can_have_been_at_is_not_restored(make: MakePair, next_avail: int, offset: int) -> None:
+    pair = make()
+    pair.device.stop()
+    pair.device.restore(9, 5)
+    with pytest.raises(ValueError, match=str(next_avail or offset)):
+        pair.device.restore(next_avail, offset)
+    assert (pair.device.next_avail, pair.device.offset) == (9, 5)
+
+
+def test_a_running_queue_is_not_restored(make: MakePair) -> None:
+    pair = make()
+    with pytest.raises(ValueError, match="running"):
+        pair.device.restore(9, 5)
+    assert (pair.device.next_avail, pair.device.offset) == (0, 0)
+
+
 def test_a_budget_is_kept_to_the_byte(pair: Pair) -> None:
     for i in range(3):
         pair.send(b"abcdef", at=BUFFERS + 64 * i)
@@ -591,7 +644,7 @@ def test_a_sink_cannot_write_to_guest_memory_and_its_views_hold_the_mapping() ->
 
 def test_regions_may_share_their_memory_on_the_host() -> None:
     shared = bytearray(16384)
-    memory = Memory([Region(0, 4096, 0, shared, 0), Region(1 << 20, 16384, 1 << 20, shared, 0)])
+    memory = Memory([Region(0, 8192, 0, shared, 0), Region(1 << 20, 16384, 1 << 20, shared, 0)])
     driver = DriverQueue(memory, 0, 8)
     queue = DeviceQueue(0)
     queue.start(memory, 8, driver.desc, driver.avail, driver.used)
@@ -1201,14 +1254,57 @@ def test_r_ring_81_a_rewritten_descriptor_is_one_snapshot_or_the_other(change: s
 def test_the_driver_lays_its_queue_out_as_the_specification_wants() -> None:
     memory = Memory([Region(4096, 1 << 20, 0, bytearray(1 << 20), 0)])
     driver = DriverQueue(memory, 8192, 256)
-    assert (driver.desc, driver.avail, driver.used) == (8192, 8192 + 4096, 8192 + 4096 + 520)
-    assert [DriverQueue.footprint(size) for size in (1, 128, 32768)] == [4096, 4096, 856064]
+    assert (driver.desc, driver.avail, driver.used) == (8192, 8192 + 4096, 8192 + 8192), "two pages are the driver's"
+    assert [DriverQueue.footprint(size) for size in (1, 128, 32768)] == [8192, 8192, 860160]
     for gpa, error in ((8192 + 16, ValueError), (0, IndexError), ((1 << 20) + 4096, IndexError)):
         with pytest.raises(error):
             DriverQueue(memory, gpa, 8)
     for size in (0, 3, 65536):
         with pytest.raises(ValueError, match="power of two"):
             DriverQueue(memory, 8192, size)
+
+
+def test_the_driver_goes_on_in_a_copy_of_its_memory(make: MakePair) -> None:
+    pair = make(size=4, indirect=True)
+    heads = [pair.send(b"one")]
+    pair.device.discard()
+    heads.append(pair.driver.add([(BUFFERS, 4)], indirect_table=TABLES))
+    pair.memory = Memory([Region(0, RAM, FRONT_END, bytearray(pair.memory.regions[0].buffer), 0)])
+    pair.driver.rebind(pair.memory)
+    pair.start(base=pair.device.stop(), reset=False)
+    heads.append(pair.driver.add([(BUFFERS, 2)], indirect_table=TABLES + 64))
+    pair.driver.publish()
+    assert pair.device.discard() == 6
+    assert [pair.driver.collect() for _ in range(4)] == [*((head, 0) for head in heads), None]
+    assert (pair.driver.free, pair.driver.in_flight) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("regions", "error"),
+    [
+        ([], IndexError),
+        ([region(length=4096)], IndexError),
+        ([region(), region(gpa=4096)], IndexError),
+        ([region(gpa=4096, size=8192, length=8192)], IndexError),
+        ([region(size=8192, offset=8, length=8200)], ValueError),
+    ],
+)
+def test_a_driver_that_cannot_move_stays_where_it_is(
+    make: MakePair, regions: list[Region], error: type[Exception]
+) -> None:
+    pair = make()
+    pair.send(b"abc")
+    with pytest.raises(error):
+        pair.driver.rebind(Memory(regions))
+    assert pair.device.pop() == b"abc"
+    assert pair.collected() == [0]
+
+
+def test_a_driver_that_moves_leaves_the_memory_as_it_is(make: MakePair) -> None:
+    pair = make()
+    memory = Memory([Region(0, 8192, 0, bytearray(PATTERN[:8192]), 0)])
+    pair.driver.rebind(memory)
+    assert memory.read(0, 8192) == PATTERN[:8192]
 
 
 def test_the_driver_counts_its_descriptors(make: MakePair) -> None:

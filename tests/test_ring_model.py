@@ -45,6 +45,7 @@ class QueueModel(RuleBasedStateMachine):
         self.next_gpa = DATA
         self.next_table = TABLES
         self.driver_sleeps = self.device_sleeps = False
+        self.chains_before = 0
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     @initialize(size=st.sampled_from([1, 2, 8]), event_idx=st.booleans(), indirect=st.booleans())
@@ -54,8 +55,11 @@ class QueueModel(RuleBasedStateMachine):
             [Region(0, RAM // 2, RAM, bytearray(RAM // 2), 0), Region(RAM // 2, RAM // 2, 0, bytearray(RAM // 2), 0)]
         )
         self.driver = DriverQueue(self.memory, 0, size, event_idx=event_idx, indirect=indirect)
-        self.device = DeviceQueue(0)
+        self.device = self.make_device()
         self.start(0, reset=True)
+
+    def make_device(self) -> DeviceQueue:
+        return DeviceQueue(0)
 
     def start(self, base: int, *, reset: bool) -> None:
         ring = self.driver
@@ -74,6 +78,18 @@ class QueueModel(RuleBasedStateMachine):
     def teardown(self) -> None:
         os.close(self.read_fd)
         os.close(self.write_fd)
+
+    @rule()
+    def move(self) -> None:
+        """The guest goes on with a copy of its memory, on another device, which is told how far this one had come."""
+        next_avail, offset = self.device.stop(), self.device.offset
+        self.memory = Memory([region._replace(buffer=bytearray(region.buffer)) for region in self.memory.regions])
+        self.driver.rebind(self.memory)
+        self.device = self.make_device()
+        self.device.restore(next_avail, offset)
+        self.start(next_avail, reset=False)
+        self.chains_before = len(self.used)
+        self.device_sleeps = False
 
     # -- the driver ------------------------------------------------------------------------------------------------
 
@@ -163,7 +179,7 @@ class QueueModel(RuleBasedStateMachine):
         assert self.read16(ring.avail + 2) == (len(self.used) + len(self.offered)) & 0xFFFF
         assert self.device.next_avail == len(self.used) & 0xFFFF
         assert self.device.pending() == len(self.offered)
-        assert self.device.chains == len(self.used)
+        assert self.device.chains == len(self.used) - self.chains_before
         for i in range(max(0, len(self.used) - self.size), len(self.used)):
             element = self.memory.read(ring.used + 4 + 8 * (i % self.size), 8)
             assert element == self.used[i].head.to_bytes(4, "little") + self.used[i].written.to_bytes(4, "little")

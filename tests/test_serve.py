@@ -9,56 +9,7 @@ import sys
 import time
 
 import pytest
-
-PATIENCE = 20.0
-GET_FEATURES = bytes.fromhex("01000000 01000000 00000000")
-
-
-@contextlib.contextmanager
-def daemon(*arguments, pass_fds=()):
-    """A running `vsport serve`, killed at the end if it has not ended before."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vsport", "serve", *map(str, arguments)], stderr=subprocess.PIPE, pass_fds=pass_fds
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stderr.close()
-
-
-def wait_for(condition, what):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-
-
-def connect(path):
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.settimeout(PATIENCE)
-    try:
-        sock.connect(str(path))
-    except OSError:
-        sock.close()
-        raise
-    return sock
-
-
-def answers(sock):
-    """Whether a vhost-user back end is at the other end."""
-    sock.sendall(GET_FEATURES)
-    return sock.recv(64)[:4] == GET_FEATURES[:4]
-
-
-def serves(path):
-    """Whether a back end answers at ``path`` now."""
-    try:
-        with connect(path) as front_end:
-            return answers(front_end)
-    except ConnectionRefusedError:
-        return False
+from daemons import PATIENCE, answers, connect, daemon, serves, wait_for
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -126,6 +77,14 @@ def test_a_second_daemon_on_the_same_path_is_refused_and_the_first_goes_on(tmp_p
         with connect(vm) as front_end:
             assert answers(front_end)
         assert first.poll() is None
+
+
+def test_where_nothing_can_be_offered_it_does_not_start(tmp_path):
+    vm = tmp_path / "vm.sock"
+    with daemon("--socket-path", vm, "--handover", tmp_path / "no" / "where") as process:
+        assert process.wait(PATIENCE) == 1
+        assert process.stderr.read().endswith(b"no/where: No such file or directory\n")
+    assert not vm.exists()
 
 
 def test_what_a_dead_daemon_left_behind_is_replaced(tmp_path):

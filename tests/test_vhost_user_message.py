@@ -205,8 +205,8 @@ def test_the_number_of_descriptors_has_to_fit(request_number, payload, fds):
 
 
 def test_only_what_works_is_offered():
-    """R-VU-41: neither in-band notifications, nor Xen's mappings, nor logging, nor inflight, nor device state yet."""
-    assert OFFERED == 0x1_A229
+    """R-VU-41: neither in-band notifications, nor descriptors on the back-end channel, nor Xen's mappings."""
+    assert OFFERED == 0x9_B22B
     assert all(feature & OFFERED for feature in ProtocolFeature)
 
 

@@ -6,25 +6,22 @@ import logging
 import os
 import random
 import resource
-import shutil
 import socket
 import struct
 import subprocess
 import sys
-import tempfile
 from array import array
 from pathlib import Path
 
 import pytest
 from front_end import (
     USER,
-    VIRTIO_FEATURES,
     Bench,
     ConsoleDriver,
+    Daemon,
     Disconnected,
     FrontEnd,
-    GuestMemory,
-    OverVhostUser,
+    Machine,
     Refused,
     open_fds,
 )
@@ -34,10 +31,7 @@ from hypothesis import strategies as st
 
 from vsport.device import SerialDevice
 from vsport.errors import HostError, UsageError
-from vsport.host import Host
 from vsport.loop import Loop
-from vsport.options import parse_configuration
-from vsport.sim import SimulatedGuest
 from vsport.vhost_user import server as server_module
 from vsport.vhost_user.message import MemoryRegion, MemoryTable, Request, encode_request, encode_u64
 from vsport.vhost_user.server import Server
@@ -67,7 +61,7 @@ def server(loop):
 def speak(server, loop, sock):
     """One question over ``sock``, and whether it was answered."""
     front_end = FrontEnd(sock, lambda: loop.run_once(0.01))
-    return front_end.ask_u64(Request.GET_FEATURES) == server.device.features | 1 << 30
+    return front_end.ask_u64(Request.GET_FEATURES) == server.device.features | 1 << 30 | 1 << 26
 
 
 # -- the socket file ---------------------------------------------------------------------------------------------------
@@ -357,7 +351,7 @@ def test_a_front_end_that_does_not_read_its_replies_is_not_waited_for_forever(be
 def test_a_front_end_that_reads_its_replies_late_gets_them_all(bench):
     front_end = bench.connect(FrontEnd)
     asked = 0
-    while bench.server._connection is None or not bench.server._connection._unsent:
+    while bench.server._connection is None or not bench.server._connection._unsent.data:
         front_end.send(encode_request(Request.GET_FEATURES))
         asked += 1
         bench.step()
@@ -368,7 +362,7 @@ def test_a_front_end_that_reads_its_replies_late_gets_them_all(bench):
 
 def test_a_front_end_may_leave_without_reading_its_replies(bench):
     front_end = bench.connect(FrontEnd)
-    while bench.server._connection is None or not bench.server._connection._unsent:
+    while bench.server._connection is None or not bench.server._connection._unsent.data:
         front_end.send(encode_request(Request.GET_FEATURES))
         bench.step()
     bench.disconnect(front_end)
@@ -525,97 +519,59 @@ def test_any_conversation_ends_without_a_trace(target, seed):
 # -- all of it together ------------------------------------------------------------------------------------------------
 
 
-class Whole:
-    """A host with a Unix socket chardev, a server, a front end and a simulated guest on it, all on one loop."""
-
-    def __init__(self, directory):
-        self.directory = directory
-        self.chardev_path = os.path.join(directory, "c0.sock")
-        self.loop = Loop()
-        chardev = f"socket,id=c0,path={self.chardev_path},server=on,wait=off"
-        self.host = Host(self.loop, parse_configuration([chardev], ["virtserialport,chardev=c0,name=org.test.0"]))
-        self.host.open()
-        self.server = Server(self.host.device, self.loop)
-        self.server.listen(os.path.join(directory, "vu.sock"))
-        self.memory = GuestMemory(((0, 32 << 20), (1 << 30, 32 << 20)))
-        self.front_end = FrontEnd.connect(os.path.join(directory, "vu.sock"), lambda: self.loop.run_once(0.01))
-        self.attachment = OverVhostUser(self.front_end, self.loop, self.memory)
-        self.guest = SimulatedGuest(self.attachment, features=int(VIRTIO_FEATURES))
-
-    def run_until(self, condition):
-        def done():
-            self.guest.run()
-            return condition()
-
-        assert self.loop.run_until(done, 10)
-
-    def boot(self):
-        self.guest.boot()
-        self.run_until(lambda: any(port.name for port in self.guest.ports.values()))
-        return self.guest.port("org.test.0")
-
-    def host_comes(self):
-        sock = socket.socket(socket.AF_UNIX)
-        sock.connect(self.chardev_path)
-        sock.setblocking(False)
-        return sock
-
-    def close(self):
-        self.attachment.close()
-        self.front_end.close()
-        self.server.close()
-        self.host.close()
-        self.memory.close()
-        self.loop.close()
+@pytest.fixture
+def daemon(tmp_path):
+    daemon = Daemon(tmp_path)
+    daemon.listen()
+    yield daemon
+    daemon.close()
 
 
 @pytest.fixture
-def whole():
-    directory = tempfile.mkdtemp()
-    whole = Whole(directory)
-    yield whole
-    whole.close()
-    shutil.rmtree(directory)
+def machine(daemon):
+    machine = Machine.on(daemon)
+    yield machine
+    machine.close()
 
 
-def test_a_guest_talks_to_a_host_over_kicks_and_calls(whole):
+def test_a_guest_talks_to_a_host_over_kicks_and_calls(daemon, machine):
     """DEVICE_READY to PORT_OPEN, bytes both ways, the host leaves and returns, the guest reboots."""
-    port = whole.boot()
-    assert whole.attachment.max_ports() == 31
-    with whole.host_comes() as host:
-        whole.run_until(lambda: port.host_connected)
+    port = machine.boot()
+    assert machine.attachment.max_ports() == 31
+    with daemon.host_comes() as host:
+        machine.run_until(lambda: port.host_connected)
         port.open()
         assert port.write(b"from the guest") == 14
-        whole.run_until(lambda: whole.host.device.ports[1].tx.bytes_moved == 14)
+        machine.run_until(lambda: daemon.device.ports[1].tx.bytes_moved == 14)
         assert host.recv(100) == b"from the guest"
         host.send(b"from the host")
-        whole.run_until(lambda: whole.host.device.ports[1].rx.bytes_moved == 13)
+        machine.run_until(lambda: daemon.device.ports[1].rx.bytes_moved == 13)
         assert port.read() == b"from the host"
-    whole.run_until(lambda: not port.host_connected)
-    with whole.host_comes() as host:
-        whole.run_until(lambda: port.host_connected)
+    machine.run_until(lambda: not port.host_connected)
+    with daemon.host_comes() as host:
+        machine.run_until(lambda: port.host_connected)
         assert port.host_history == [True, False, True]
-        whole.guest.reset()
-        again = whole.boot()
-        whole.run_until(lambda: again.host_connected)
-        assert not whole.host.device.ports[1].state.guest_connected
+        machine.guest.reset()
+        again = machine.boot()
+        machine.run_until(lambda: again.host_connected)
+        assert not daemon.device.ports[1].state.guest_connected
         again.open()
         host.send(b"after the reboot")
-        whole.run_until(lambda: whole.host.device.ports[1].rx.bytes_moved == 13 + 16)
+        machine.run_until(lambda: daemon.device.ports[1].rx.bytes_moved == 13 + 16)
         assert again.read() == b"after the reboot"
 
 
-def test_much_goes_both_ways_at_once(whole):
-    port = whole.boot()
+def test_much_goes_both_ways_at_once(daemon, machine):
+    port = machine.boot()
     data = random.Random(0).randbytes(1 << 20)
     to_guest, to_host = bytearray(), bytearray()
     sent_by_guest = sent_by_host = 0
-    with whole.host_comes() as host:
-        whole.run_until(lambda: port.host_connected)
+    with daemon.host_comes() as host:
+        machine.run_until(lambda: port.host_connected)
         port.open()
         while len(to_guest) < len(data) or len(to_host) < len(data):
-            whole.loop.run_once(0)
-            whole.guest.run()
+            daemon.loop.run_once(0)
+            machine.guest.run()
             with contextlib.suppress(BlockingIOError):
                 sent_by_host += host.send(data[sent_by_host : sent_by_host + 65536])
             with contextlib.suppress(BlockingIOError):

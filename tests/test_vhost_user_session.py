@@ -20,8 +20,9 @@ from front_end import (
 
 from vsport.constants import Event, Feature
 from vsport.control import Message
-from vsport.vhost_user import server as server_module
-from vsport.vhost_user import session as session_module
+from vsport.vhost_user import channel as channel_module
+from vsport.vhost_user import memory as memory_module
+from vsport.vhost_user.memory import MEM_SLOTS
 from vsport.vhost_user.message import (
     BackEndRequest,
     Config,
@@ -36,7 +37,7 @@ from vsport.vhost_user.message import (
     encode_request,
     encode_u64,
 )
-from vsport.vhost_user.session import MEM_SLOTS, OFFERED
+from vsport.vhost_user.session import OFFERED
 
 
 @pytest.fixture
@@ -89,9 +90,7 @@ def test_the_message_that_turns_acknowledgements_on_is_acknowledged(bench):
     front_end.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(ProtocolFeature.REPLY_ACK))
 
 
-@pytest.mark.parametrize(
-    "request_number", [6, 7, 19, 20, 22, 23, 26, 27, 28, 29, 30, 31, 32, 33, 35, 41, 42, 43, 44, 999]
-)
+@pytest.mark.parametrize("request_number", [19, 20, 22, 23, 26, 27, 28, 29, 30, 33, 35, 41, 44, 999])
 def test_an_unknown_request_is_refused(front_end, request_number):
     """R-VU-07, R-VU-39: and its descriptors are closed."""
     with open(os.devnull) as file:
@@ -123,7 +122,7 @@ def test_features_can_be_asked_for_at_any_time(bench):
     """R-VU-10; R-RING-27, R-RING-61, R-RING-64: and nothing is offered that does not work."""
     front_end = bench.connect(FrontEnd)
     offered = {front_end.ask_u64(Request.GET_FEATURES) for _ in range(3)}
-    assert offered == {bench.device.features | Feature.PROTOCOL_FEATURES}
+    assert offered == {bench.device.features | Feature.PROTOCOL_FEATURES | Feature.LOG_ALL}
     assert offered.pop() & Feature.VERSION_1
 
 
@@ -134,7 +133,7 @@ def test_protocol_features_come_before_features(bench):
     front_end.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED))
 
 
-@pytest.mark.parametrize("bit", [1, 10, 12, 14, 17, 19])
+@pytest.mark.parametrize("bit", [10, 14, 17, 20, 63])
 def test_a_protocol_feature_that_was_not_offered_is_refused(bench, bit):
     """R-VU-41, R-VU-42."""
     front_end = bench.connect(FrontEnd)
@@ -142,7 +141,7 @@ def test_a_protocol_feature_that_was_not_offered_is_refused(bench, bit):
         front_end.tell(Request.SET_PROTOCOL_FEATURES, encode_u64(OFFERED | 1 << bit))
 
 
-@pytest.mark.parametrize("bit", [24, 26, 33, 34, 40, 63])
+@pytest.mark.parametrize("bit", [24, 33, 34, 40, 63])
 def test_a_feature_that_was_not_offered_is_refused(front_end, bit):
     with pytest.raises(Refused):
         front_end.set_features(VIRTIO_FEATURES | 1 << bit)
@@ -290,7 +289,7 @@ def test_a_region_starts_anywhere_in_its_file(bench, front_end):
     front_end.share(memory)
     gpa = 0x60C3_5000
     ring = front_end.make_ring(3, memory, gpa)
-    front_end.configure(ring, user=0)
+    front_end.configure(ring)
     front_end.set_fd(Request.SET_VRING_KICK, 3, ring.kick_fd)
     front_end.enable(3, True)
     memory.memory.write(gpa + 0x4000, Message(0, Event.DEVICE_READY, 1).encode())
@@ -322,7 +321,7 @@ def test_regions_come_and_go_one_by_one(bench, front_end):
 
 def test_there_are_so_many_slots_and_no_more(bench, front_end, memory, monkeypatch):
     """R-VU-32."""
-    monkeypatch.setattr(session_module, "MEM_SLOTS", 2)
+    monkeypatch.setattr(memory_module, "MEM_SLOTS", 2)
     for number in range(3):
         region = MemoryRegion(number * 0x1000, 0x1000, USER + number * 0x1000, number * 0x1000)
         if number == 2:
@@ -622,7 +621,7 @@ def test_both_sides_may_wait_for_each_other(bench, running):
 
 def test_an_answer_that_does_not_come_is_not_waited_for_forever(bench, running, monkeypatch):
     """R-VU-97: later changes are told all the same, and an answer that comes too late is no harm."""
-    monkeypatch.setattr(server_module, "REPLY_SECONDS", 0.01)
+    monkeypatch.setattr(channel_module, "REPLY_SECONDS", 0.01)
     front_end = running.front_end
     front_end.open_channel()
     bench.device.on_config_change()
@@ -771,8 +770,8 @@ def test_a_reboot_into_a_driver_with_fewer_queues_begins_anew(bench, qemu):
     for index in (2, 3, 4, 5):
         qemu.front_end.rings.pop(index).close()
     for index in (0, 1):
-        qemu.memory.memory.write(index * 0x1000, bytes(0x1000))
-        qemu.front_end.make_ring(index, qemu.memory, index * 0x1000)
+        qemu.memory.memory.write(index * 0x2000, bytes(0x2000))
+        qemu.front_end.make_ring(index, qemu.memory, index * 0x2000)
     qemu.front_end.resume(qemu.memory)
     assert bench.device.queues[1].running
     assert not bench.device.queues[3].running

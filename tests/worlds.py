@@ -76,9 +76,14 @@ class World:
 
 
 def unix_client(path: Path):
-    """A host program, connected."""
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    sock.connect(str(path))
+    """A host program, connected; raises BlockingIOError if so many wait there already that it would have to, too."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        sock.connect(str(path))
+    except BlockingIOError:
+        sock.close()
+        raise
+    sock.setblocking(True)
     return sock
 
 

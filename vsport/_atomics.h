@@ -1,7 +1,8 @@
-/* The memory ordering of the rings, and nothing else (R-RING-16 to 19).
+/* The memory ordering of what is shared with others, and nothing else.
  *
- * Every index, flag and event field that both sides touch is one aligned little-endian 16-bit word. It is read and
- * written here only, in one access. The callers have checked the alignment (R-RING-09).
+ * Rings (R-RING-16 to 19): every index, flag and event field that both sides touch is one aligned little-endian 16-bit
+ * word. It is read and written here only, in one access. The callers have checked the alignment (R-RING-09). Dirty logs
+ * (R-VU-80) and in-flight regions (R-VU-85) follow below.
  */
 #ifndef VSPORT_ATOMICS_H
 #define VSPORT_ATOMICS_H
@@ -36,6 +37,59 @@ static inline void vs_store16_release(uint8_t *word, uint16_t value)
 static inline void vs_full_fence(void)
 {
     atomic_thread_fence(memory_order_seq_cst);
+}
+
+/* Marks pages. Whoever takes the marks sees what was written to these pages before. */
+static inline void vs_mark8(uint8_t *byte, uint8_t bits)
+{
+    atomic_fetch_or_explicit((_Atomic(uint8_t) *)byte, bits, memory_order_release);
+}
+
+/* Takes marks away. Most of a log is empty, and to read is cheaper than to exchange. */
+static inline uint8_t vs_take8(uint8_t *byte)
+{
+    _Atomic(uint8_t) *marks = (_Atomic(uint8_t) *)byte;
+    if (!atomic_load_explicit(marks, memory_order_relaxed))
+        return 0;
+    return atomic_exchange_explicit(marks, 0, memory_order_acquire);
+}
+
+/* An in-flight region is in the host's byte order. It is for the time after this process has died, at whatever
+ * instruction: so it is the compiler that must not move a write across anything before or after it. */
+static inline void vs_note8(uint8_t *field, uint8_t value)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+    atomic_store_explicit((_Atomic(uint8_t) *)field, value, memory_order_relaxed);
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+static inline void vs_note16(uint16_t *field, uint16_t value)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+    atomic_store_explicit((_Atomic(uint16_t) *)field, value, memory_order_relaxed);
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+static inline void vs_note64(uint64_t *field, uint64_t value)
+{
+    atomic_signal_fence(memory_order_seq_cst);
+    atomic_store_explicit((_Atomic(uint64_t) *)field, value, memory_order_relaxed);
+    atomic_signal_fence(memory_order_seq_cst);
+}
+
+static inline uint8_t vs_look8(const uint8_t *field)
+{
+    return atomic_load_explicit((const _Atomic(uint8_t) *)field, memory_order_relaxed);
+}
+
+static inline uint16_t vs_look16(const uint16_t *field)
+{
+    return atomic_load_explicit((const _Atomic(uint16_t) *)field, memory_order_relaxed);
+}
+
+static inline uint64_t vs_look64(const uint64_t *field)
+{
+    return atomic_load_explicit((const _Atomic(uint64_t) *)field, memory_order_relaxed);
 }
 
 /* A process-local flag that a signal handler may set. */

@@ -32,6 +32,14 @@ cdef extern from "_atomics.h" nogil:
     void store16 "vs_store16" (uint8_t *word, uint16_t value)
     void store16_release "vs_store16_release" (uint8_t *word, uint16_t value)
     void full_fence "vs_full_fence" ()
+    void mark8 "vs_mark8" (uint8_t *byte, uint8_t bits)
+    uint8_t take8 "vs_take8" (uint8_t *byte)
+    void note8 "vs_note8" (uint8_t *field, uint8_t value)
+    void note16 "vs_note16" (uint16_t *field, uint16_t value)
+    void note64 "vs_note64" (uint64_t *field, uint64_t value)
+    uint8_t look8 "vs_look8" (const uint8_t *field)
+    uint16_t look16 "vs_look16" (const uint16_t *field)
+    uint64_t look64 "vs_look64" (const uint64_t *field)
     bint flag_get "vs_flag_get" (const int *flag)
     void flag_set "vs_flag_set" (int *flag)
 
@@ -42,7 +50,7 @@ cdef extern from "_sigbus.h":
     void guard_remove "vs_guard_remove" (vs_guard *guard)
 
 
-# -- in shared memory (2.7.5, 2.7.8) -----------------------------------------------------------------------------------
+# -- in shared memory (2.7.5, 2.7.8, R-VU-85) --------------------------------------------------------------------------
 
 cdef struct Desc:
     uint64_t addr
@@ -53,6 +61,20 @@ cdef struct Desc:
 cdef struct UsedElem:
     uint32_t id
     uint32_t len
+
+cdef struct FlightEntry:
+    uint8_t inflight
+    uint8_t[5] padding
+    uint16_t next               # in the list of a batch
+    uint64_t counter
+
+cdef struct FlightTable:
+    uint64_t features
+    uint16_t version            # 0: fresh
+    uint16_t desc_num
+    uint16_t last_batch_head
+    uint16_t used_idx
+    FlightEntry[32768] entry    # desc_num of them are there
 
 
 # -- guest memory ------------------------------------------------------------------------------------------------------
@@ -67,6 +89,11 @@ cdef struct GuestMemory:
     Range *ranges               # sorted by gpa
     int count
     int lost                    # set by the SIGBUS handler: only flag_get() and flag_set() touch it
+
+cdef struct PageLog:
+    uint8_t *bits
+    uint64_t size               # in bytes
+    int lost
 
 
 # -- the device's side of a queue --------------------------------------------------------------------------------------
@@ -85,7 +112,8 @@ cdef struct Ring:
     bint indirect
     bint running
     uint16_t next_avail
-    uint16_t used_idx           # what the driver has been shown, after publish()
+    uint16_t used_idx
+    uint16_t shown              # the used index that the driver has been shown
     uint16_t pending_seen       # chains known to be offered; the driver cannot take them back (R-RING-70)
     uint64_t offset             # bytes of the chain at next_avail that are consumed
     uint32_t unsignalled        # completed since the driver was last interrupted, at most ALL_INDICES
@@ -95,6 +123,14 @@ cdef struct Ring:
     int buffer_range            # where the last lookup of a buffer ended
     int table_range             # the same for indirect tables
     uint64_t fill_want          # bytes that the next fill offers at first
+    PageLog *log                # NULL: nobody wants to know what is written
+    bint logs_used
+    uint64_t used_gpa           # of the used ring, as the log has it
+    FlightTable *flight         # NULL: nobody keeps what is in flight
+    int begun                   # chains from next_avail on that are marked as in flight
+    uint64_t counter            # of the next one
+    uint16_t *done              # completed and not yet shown: only if there is a flight table
+    int done_count
     int error                   # errno of a failed system call
     Fault fault
     uint64_t bytes_moved
@@ -117,6 +153,7 @@ cdef struct Batch:
     int pieces
     int count
     iovec[BATCH_PIECES] piece
+    uint64_t[BATCH_PIECES] gpa  # of each piece
     Chain[BATCH_CHAINS] chain
 
 cdef struct Walk:
@@ -148,6 +185,18 @@ cdef class Memory:
     cdef int check(self, object gpa, object size) except -1
     cdef object view_of(self, void *host, size_t size)
 
+cdef class DirtyLog:
+    cdef PageLog c
+    cdef vs_guard *guard
+    cdef object view
+
+cdef class Inflight:
+    cdef FlightTable *c
+    cdef vs_guard *guard
+    cdef int lost
+    cdef object view
+    cdef readonly int desc_num
+
 cdef class DeviceQueue:
     cdef Ring r
     cdef readonly int index
@@ -155,10 +204,14 @@ cdef class DeviceQueue:
     cdef int _call_fd
     cdef bint call_is_socket
     cdef Memory memory
+    cdef DirtyLog log
+    cdef Inflight _inflight
     cdef readonly object fault
     cdef readonly uint64_t calls
 
-    cdef int renew_stamps(self, size_t size) except -1
+    cdef int make_tables(self, size_t size) except -1
+    cdef uint16_t recover(self, uint16_t base) except *
+    cdef str lost_file(self)
     cdef int idle(self) except -1
     cdef bint enter(self) except -1
     cdef int check(self) except -1

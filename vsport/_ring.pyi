@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, Self, final
 
 from typing_extensions import Buffer
 
-__all__ = ["DeviceQueue", "DriverQueue", "Memory", "Region", "Status"]
+__all__ = ["DeviceQueue", "DirtyLog", "DriverQueue", "Inflight", "Memory", "Region", "Status"]
 
 class Status(IntEnum):
     """Why a drain or a fill came back."""
@@ -57,6 +57,48 @@ class Memory:
         """Copies into guest-physical memory; raises IndexError, and then nothing is written."""
 
 @final
+class DirtyLog:
+    """A bitmap of the pages of guest memory that were written to, shared with who copies the guest (R-VU-80, R-VU-81).
+
+    Bit p % 8 of byte p // 8 is for page p, of 4096 bytes from guest-physical address 4096 * p on. It is ``size`` bytes
+    of writable ``buffer`` from ``offset`` on, whose export is held. Others may set and take bits at any time.
+    """
+
+    def __new__(cls, buffer: Buffer, offset: int, size: int) -> Self:
+        """Raises FrontEndError (R-VU-81) if it reaches beyond its buffer."""
+    @property
+    def size(self) -> int:
+        """Bytes of the bitmap."""
+    def mark(self, gpa: int, length: int) -> None:
+        """Marks the pages of a range that was written to; for pages beyond the log nothing happens."""
+    def take(self) -> bytes:
+        """The bitmap, all of whose bits are taken away: for the side that copies.
+
+        Whoever reads a page that it has a bit of finds what was written before the bit was set. A page that is written
+        to meanwhile is marked again.
+        """
+
+@final
+class Inflight:
+    """Which chains of a split queue are in flight, in memory that outlives this process (R-VU-85 to R-VU-88).
+
+    A DeviceQueue that has one marks a chain before its first byte moves, and takes the mark away after the chain is
+    used. The device that starts next with the same region knows how far this one had come.
+    """
+
+    def __new__(cls, buffer: Buffer, offset: int, desc_num: int) -> Self:
+        """Raises FrontEndError (R-VU-85, R-VU-86) if the region does not fit or is not aligned to 8 in memory."""
+    @staticmethod
+    def footprint(desc_num: int) -> int:
+        """Bytes of a queue's region, rounded up to 64 (R-VU-86)."""
+    @property
+    def desc_num(self) -> int:
+        """The size of its queue."""
+    @property
+    def fresh(self) -> bool:
+        """Whether no device has used it yet."""
+
+@final
 class DeviceQueue:
     """The device's side of one split virtqueue.
 
@@ -74,6 +116,8 @@ class DeviceQueue:
 
     After it was set the next notify() repeats the last call, which the old descriptor may have swallowed (R-VU-55).
     """
+    inflight: Inflight | None
+    """Where chains in flight are kept. Can be set while the queue is stopped, otherwise ValueError."""
     @property
     def running(self) -> bool: ...
     @property
@@ -117,9 +161,25 @@ class DeviceQueue:
         that chain. The used index is read from memory. Kicks are on, and a driver that is resumed is called once more
         by the next notify() (R-RING-23). Raises FrontEndError (R-RING-01, R-RING-04, R-RING-09, R-RING-77, R-RING-82)
         and leaves the queue stopped.
+
+        With an ``inflight`` region that is not fresh it goes on at the first chain that is not used, whatever ``base``
+        is: at the first chain in flight, if there is one. Kick it, because nobody else will. A region that contradicts
+        the rings is refused as it is (R-VU-85, R-VU-88).
         """
     def stop(self) -> int:
         """Stops the queue and returns the next available index, for GET_VRING_BASE; ``offset`` is kept."""
+    def restore(self, next_avail: int, offset: int) -> None:
+        """Sets where start(base=next_avail, reset=False) goes on: ``offset`` bytes of that chain are consumed.
+
+        For a stopped queue whose state comes from elsewhere; whether the chain is there is only seen when the queue
+        runs. Raises ValueError for a running queue and for values out of range, and then nothing has changed.
+        """
+    def log_to(self, log: DirtyLog | None, used_gpa: int = -1) -> None:
+        """From now on, also while running, what the device writes is marked in ``log`` after it is written (R-VU-80).
+
+        Buffers are marked at their guest-physical addresses, the used ring (elements, index, flags, avail_event) as if
+        it began at ``used_gpa``; -1: not at all. Stays until it is called again. Raises ValueError.
+        """
     def forget_partial(self) -> None:
         """Forgets the half-consumed chain's offset (device reset, R-CON-38)."""
     def pending(self) -> int:
@@ -179,15 +239,23 @@ class DriverQueue:
     """The driver's side of one split virtqueue, for a simulated guest.
 
     Lays out the three parts from guest-physical address ``gpa`` on (``footprint(size)`` bytes, aligned to 4096),
-    zeroed; ``desc``, ``avail`` and ``used`` are their guest-physical addresses. A rule broken by the device marks the
-    queue broken and raises DeviceError (R-RING-84).
+    zeroed; ``desc``, ``avail`` and ``used`` are their guest-physical addresses. The used ring begins a page, so that
+    the device writes to no page of the driver's (R-VU-80). A rule broken by the device marks the queue broken and
+    raises DeviceError (R-RING-84).
     """
 
     def __new__(
         cls, memory: Memory, gpa: int, size: int, *, event_idx: bool = False, indirect: bool = False
     ) -> Self: ...
     @staticmethod
-    def footprint(size: int) -> int: ...
+    def footprint(size: int) -> int:
+        """Bytes of guest memory that a queue of ``size`` takes, rounded up to pages of 4096."""
+    def rebind(self, memory: Memory) -> None:
+        """Goes on with the same state in another memory of the same layout: the guest has been moved.
+
+        What is in that memory is left as it is. Raises IndexError if the rings are not in one region of it, ValueError
+        if they are not aligned to 16 on the host, and then nothing has changed.
+        """
     size: Final[int]
     desc: Final[int]
     avail: Final[int]

@@ -9,6 +9,9 @@
 #   (a copy)     readv(), writev() or memcpy() on the pieces
 #   settle_*()   completes the chains that were used up, and publishes them to the driver together
 #
+# Two others may want to know of it, and cost one branch if they do not: a dirty log, of every byte that the device has
+# written (R-VU-80), and a region that outlives the process, of every chain that it has begun and completed (R-VU-85).
+#
 # Two rules hold everywhere. What the driver can change is read once, into private memory, and checked there
 # (R-RING-19). Nothing that the driver says decides how much is allocated or how long a call takes (R-RING-80).
 #
@@ -31,7 +34,7 @@ cimport cython
 
 from vsport.errors import DeviceError, FrontEndError, GuestError
 
-__all__ = ["DeviceQueue", "DriverQueue", "Memory", "Region", "Status"]
+__all__ = ["DeviceQueue", "DirtyLog", "DriverQueue", "Inflight", "Memory", "Region", "Status"]
 
 cdef enum:
     # Flags of a descriptor (R-RING-02), and bit 0 of the flags of both rings (R-RING-20).
@@ -49,6 +52,14 @@ cdef enum:
     BUDGET = 1 << 20
     # So that no sum of lengths leaves 32 bits, in used.len as in readv().
     BUDGET_MAX = 1 << 30
+    PAGE = 4096
+    # Where the words of a used ring are.
+    USED_FLAGS = 0
+    USED_IDX = 2
+    USED_RING = 4
+    # Of an in-flight region (R-VU-85).
+    FLIGHT_VERSION = 1
+    FLIGHT_HEAD = 16
 
 # What an operation comes back with: a Status, or one of the negative numbers.
 cdef enum:
@@ -83,6 +94,9 @@ class Region(NamedTuple):
 
 
 cdef tuple STATUSES = tuple(Status)
+
+# More than a table of every kind, full of the longest buffers, can name.
+cdef uint64_t CHAIN_BYTES_MAX = <uint64_t>1 << 48
 
 # -- faults of the driver ----------------------------------------------------------------------------------------------
 
@@ -200,6 +214,47 @@ cdef void copy_covered(
         size -= room
 
 
+# -- the dirty log (R-VU-80, R-VU-81) ----------------------------------------------------------------------------------
+
+cdef void mark(PageLog *log, uint64_t gpa, uint64_t size) noexcept nogil:
+    """Marks the pages of ``size`` bytes that have just been written; pages that the log has no bit for are left out."""
+    cdef uint64_t page = gpa // PAGE, last, end, stop
+    if size == 0:
+        return
+    last = gpa + (size - 1)
+    end = min((last if last >= gpa else UINT64_MAX) // PAGE + 1, 8 * log.size)
+    while page < end:
+        stop = min(end, (page | 7) + 1)
+        mark8(log.bits + page // 8, <uint8_t>((0xFF >> (8 - (stop - page))) << (page & 7)))
+        page = stop
+
+
+cdef void mark_pieces(PageLog *log, Batch *b, uint64_t size) noexcept nogil:
+    """Marks the first ``size`` bytes of the batch."""
+    cdef uint64_t length
+    cdef int i = 0
+    while size:
+        length = min(size, <uint64_t>b.piece[i].iov_len)
+        mark(log, b.gpa[i], length)
+        size -= length
+        i += 1
+
+
+cdef void mark_used(Ring *r, uint64_t offset, uint64_t size) noexcept nogil:
+    """Marks a part of the used ring, which the log has at an address of its own."""
+    if r.logs_used and r.used_gpa + offset >= offset:
+        mark(r.log, r.used_gpa + offset, size)
+
+
+cdef void mark_elements(Ring *r) noexcept nogil:
+    """Marks the used elements that are shown now for the first time, and the index."""
+    cdef uint32_t count = <uint16_t>(r.used_idx - r.shown), first = r.shown & (r.size - 1)
+    cdef uint32_t straight = min(count, r.size - first)
+    mark_used(r, USED_RING + sizeof(UsedElem) * <size_t>first, sizeof(UsedElem) * <size_t>straight)
+    mark_used(r, USED_RING, sizeof(UsedElem) * <size_t>(count - straight))
+    mark_used(r, USED_IDX, sizeof(uint16_t))
+
+
 # -- walking one chain -------------------------------------------------------------------------------------------------
 
 cdef inline void to_host_order(Desc *d) noexcept nogil:
@@ -269,7 +324,7 @@ cdef inline bint take_descriptor(Ring *r, Batch *b, Walk *w, Desc *d) noexcept n
 
 
 cdef inline void add_piece(
-    Batch *b, Chain *c, uint8_t *host, uint64_t size, uint64_t *skip, uint64_t limit
+    Batch *b, Chain *c, uint64_t gpa, uint8_t *host, uint64_t size, uint64_t *skip, uint64_t limit
 ) noexcept nogil:
     """Counts a piece of memory to the chain, and gathers as much of it as there is room for."""
     cdef uint64_t skipped = min(size, skip[0])
@@ -281,6 +336,7 @@ cdef inline void add_piece(
         return
     b.piece[b.pieces].iov_base = host + skipped
     b.piece[b.pieces].iov_len = size
+    b.gpa[b.pieces] = gpa + skipped
     b.pieces += 1
     b.bytes += size
     c.bytes += size
@@ -300,7 +356,7 @@ cdef inline bint add_buffer(
         if host == NULL:
             return fail(r, UNMAPPED, w.head, w.index, d.addr, d.len)
         room = min(room, size)
-        add_piece(b, c, host, room, skip, limit)
+        add_piece(b, c, gpa, host, room, skip, limit)
         gpa += room
         size -= room
     return True
@@ -328,6 +384,155 @@ cdef bint walk(Ring *r, Batch *b, Chain *c, bint writable, uint64_t limit) noexc
         if not d.flags & DESC_NEXT:
             return True
         w.index = d.next
+
+
+# -- chains in flight (R-VU-85 to R-VU-88) -----------------------------------------------------------------------------
+
+# Chains are taken and completed in order, so those in flight are always the first ``begun`` ones from next_avail on.
+
+cdef void mark_begun(Ring *r, Batch *b) noexcept nogil:
+    """The batch's chains are in flight from now on, if they were not before; their bytes move after this (R-VU-87)."""
+    cdef FlightEntry *entry
+    cdef int i
+    for i in range(r.begun, b.count):
+        entry = &r.flight.entry[b.chain[i].head]
+        note64(&entry.counter, r.counter)
+        note8(&entry.inflight, 1)
+        r.counter += 1
+    r.begun = max(r.begun, b.count)
+
+
+cdef void list_done(Ring *r, uint16_t head) noexcept nogil:
+    """Adds a completed chain to the batch. Until end_batch() no head comes twice: claim() has seen to that."""
+    note16(&r.flight.entry[head].next, look16(&r.flight.last_batch_head))
+    note16(&r.flight.last_batch_head, head)
+    r.done[r.done_count] = head
+    r.done_count += 1
+    r.begun -= 1
+
+
+cdef void end_batch(Ring *r) noexcept nogil:
+    """used.idx covers the batch: nothing of it is in flight any more."""
+    cdef int i
+    for i in range(r.done_count):
+        note8(&r.flight.entry[r.done[i]].inflight, 0)
+    note16(&r.flight.used_idx, r.used_idx)
+    r.done_count = 0
+
+
+cdef void make_ready(Ring *r) noexcept nogil:
+    """Fills a fresh region; the version comes last, so that a region is fresh until all of it is good."""
+    cdef FlightTable *table = r.flight
+    cdef uint32_t head
+    note64(&table.features, 0)
+    note16(&table.desc_num, <uint16_t>r.size)
+    note16(&table.last_batch_head, 0)
+    note16(&table.used_idx, r.used_idx)
+    for head in range(r.size):
+        note8(&table.entry[head].inflight, 0)
+    note16(&table.version, FLIGHT_VERSION)
+
+
+# What recovery knows of a head.
+cdef enum:
+    IDLE = 0
+    IN_FLIGHT = 1
+    COMPLETED = 2
+    RESUBMITTED = 3
+
+
+cdef int contradiction(int queue, str what, dict values) except -1:
+    raise FrontEndError("R-VU-88", what, queue=queue, **values)
+
+
+cdef int check_size(Ring *r, int queue, int desc_num) except -1:
+    if desc_num != <int>r.size:
+        what = "an in-flight region for a queue of another size"
+        raise FrontEndError("R-VU-85", what, queue=queue, desc_num=desc_num, size=r.size)
+    return 0
+
+
+cdef int check_kind(Ring *r, int queue, int version) except -1:
+    cdef uint64_t features = look64(&r.flight.features)
+    if version != FLIGHT_VERSION or features:
+        what = "an in-flight region of an unknown kind"
+        raise FrontEndError("R-VU-85", what, queue=queue, version=version, features=hex(features))
+    return 0
+
+
+cdef int read_flags(Ring *r, int queue, uint8_t[::1] heads) except -1:
+    cdef uint32_t head
+    for head in range(r.size):
+        heads[head] = look8(&r.flight.entry[head].inflight)
+        if heads[head] > IN_FLIGHT:
+            contradiction(queue, "a chain is neither in flight nor not", {"head": head, "inflight": heads[head]})
+    return 0
+
+
+cdef int find_completed(Ring *r, int queue, uint8_t[::1] heads) except -1:
+    """The last batch's chains, if the crash came when used.idx covered them and the region did not say so yet."""
+    cdef uint16_t count = <uint16_t>(r.used_idx - look16(&r.flight.used_idx))
+    cdef uint16_t head = look16(&r.flight.last_batch_head)
+    for _ in range(count):
+        if head >= r.size:
+            contradiction(queue, "a head of the last batch is not in the table", {"head": head, "size": r.size})
+        if heads[head] == COMPLETED:
+            contradiction(queue, "the last batch comes back to one of its heads", {"head": head, "count": count})
+        heads[head] = COMPLETED
+        head = look16(&r.flight.entry[head].next)
+    return 0
+
+
+cdef int find_begun(Ring *r, int queue, uint8_t[::1] heads) except -1:
+    """The chains in flight: they have to be those that the driver offered next, in the order of their counters."""
+    cdef uint16_t head, offered = <uint16_t>(load16_acquire(r.avail + 2) - r.used_idx)
+    cdef uint64_t counter
+    cdef uint32_t i, count = 0
+    for i in range(r.size):
+        count += heads[i] == IN_FLIGHT
+    if count > offered:
+        contradiction(queue, "more chains are in flight than are offered", {"in_flight": count, "offered": offered})
+    for i in range(count):
+        head = load16(r.avail + 4 + 2 * <size_t>((r.used_idx + i) & (r.size - 1)))
+        if head >= r.size or heads[head] != IN_FLIGHT:
+            contradiction(queue, "the chains in flight are not those that come next", {"head": head, "place": i})
+        heads[head] = RESUBMITTED
+        counter = look64(&r.flight.entry[head].counter)
+        if counter < r.counter or counter == UINT64_MAX:
+            contradiction(queue, "chains in flight are in a wrong order", {"head": head, "counter": counter})
+        r.counter = counter + 1
+    r.begun = count
+    return 0
+
+
+cdef void finish_batch(Ring *r, uint8_t[::1] heads) noexcept:
+    """What the crash has kept end_batch() from."""
+    cdef uint32_t head
+    for head in range(r.size):
+        if heads[head] == COMPLETED:
+            note8(&r.flight.entry[head].inflight, 0)
+    note16(&r.flight.used_idx, r.used_idx)
+
+
+cdef bint recover(Ring *r, int queue) except -1:
+    """Reads what is in flight; False if the region is fresh. A region that contradicts the rings is left as it is.
+
+    There is nothing to resubmit: the chains in flight are those from used.idx on, and that is where the queue goes on.
+    """
+    cdef uint16_t version = look16(&r.flight.version)
+    r.begun = 0
+    r.counter = 0
+    if version == 0:
+        make_ready(r)
+        return False
+    check_kind(r, queue, version)
+    check_size(r, queue, look16(&r.flight.desc_num))
+    heads = bytearray(r.size)
+    read_flags(r, queue, heads)
+    find_completed(r, queue, heads)
+    find_begun(r, queue, heads)
+    finish_batch(r, heads)
+    return True
 
 
 # -- gathering chains --------------------------------------------------------------------------------------------------
@@ -391,6 +596,8 @@ cdef int gather(Ring *r, Batch *b, bint writable, uint64_t enough, uint64_t limi
             break
     if flag_get(&r.mem.lost):
         b.count = 0
+    if r.flight != NULL:
+        mark_begun(r, b)
     return b.count
 
 
@@ -401,18 +608,27 @@ cdef inline void complete(Ring *r, uint16_t head, uint32_t written) noexcept nog
     cdef UsedElem e
     e.id = htole32(head)
     e.len = htole32(written)
-    memcpy(r.used + 4 + sizeof(UsedElem) * <size_t>(r.used_idx & (r.size - 1)), &e, sizeof(UsedElem))
+    memcpy(r.used + USED_RING + sizeof(UsedElem) * <size_t>(r.used_idx & (r.size - 1)), &e, sizeof(UsedElem))
     r.used_idx += 1
     r.next_avail += 1
     r.pending_seen -= 1
     r.offset = 0
     r.chains += 1
     r.unsignalled = min(r.unsignalled + 1, <uint32_t>ALL_INDICES)
+    if r.flight != NULL:
+        list_done(r, head)
 
 
 cdef inline void publish(Ring *r) noexcept nogil:
-    """The elements come before the index that covers them (R-RING-17)."""
-    store16_release(r.used + 2, r.used_idx)
+    """The elements come before the index that covers them (R-RING-17). Nothing is written if nothing is new."""
+    if r.used_idx == r.shown:
+        return
+    store16_release(r.used + USED_IDX, r.used_idx)
+    if r.flight != NULL:
+        end_batch(r)
+    if r.log != NULL:
+        mark_elements(r)
+    r.shown = r.used_idx
 
 
 cdef void settle_readable(Ring *r, Batch *b, uint64_t moved) noexcept nogil:
@@ -435,6 +651,8 @@ cdef void settle_writable(Ring *r, Batch *b, uint64_t moved) noexcept nogil:
     cdef Chain *c
     cdef uint64_t written
     cdef int i
+    if r.log != NULL:
+        mark_pieces(r.log, b, moved)
     r.bytes_moved += moved
     for i in range(b.count):
         c = &b.chain[i]
@@ -587,6 +805,8 @@ cdef bint ring_push(Ring *r, const uint8_t *data, uint64_t size) noexcept nogil:
         fits = b.bytes == size
         if fits:
             scatter(&b, data)
+            if r.log != NULL:
+                mark_pieces(r.log, &b, size)
             r.bytes_moved += size
         complete(r, b.chain[0].head, <uint32_t>size if fits else 0)
     publish(r)
@@ -628,8 +848,9 @@ cdef inline uint8_t *used_event(Ring *r) noexcept nogil:
     return r.avail + 4 + 2 * <size_t>r.size
 
 
-cdef inline uint8_t *avail_event(Ring *r) noexcept nogil:
-    return r.used + 4 + sizeof(UsedElem) * <size_t>r.size
+cdef inline size_t avail_event(Ring *r) noexcept nogil:
+    """Where it is in the used ring."""
+    return USED_RING + sizeof(UsedElem) * <size_t>r.size
 
 
 cdef inline bint passed(uint16_t event, uint16_t new, uint32_t count) noexcept nogil:
@@ -637,12 +858,19 @@ cdef inline bint passed(uint16_t event, uint16_t new, uint32_t count) noexcept n
     return count >= ALL_INDICES or <uint16_t>(new - event - 1) < count
 
 
+cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil:
+    """Writes one of the two words of the used ring that say when to kick."""
+    store16(r.used + where, value)
+    if r.log != NULL:
+        mark_used(r, where, sizeof(uint16_t))
+
+
 cdef void ask_for_kick(Ring *r) noexcept nogil:
     """A kick for the next chain that the driver adds to those which it has shown by now."""
     if r.event_idx:
-        store16(avail_event(r), load16(r.avail + 2))
+        tell_driver(r, avail_event(r), load16(r.avail + 2))
     else:
-        store16(r.used, 0)
+        tell_driver(r, USED_FLAGS, 0)
 
 
 cdef bint call_wanted(Ring *r) noexcept nogil:
@@ -663,11 +891,12 @@ cdef bint call_wanted(Ring *r) noexcept nogil:
 # -- starting ----------------------------------------------------------------------------------------------------------
 
 cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
-    """The indices, and everything that is only valid for one run of the queue."""
+    """The indices, and everything that is only valid for one run of the queue; used_idx is known."""
     if reset or r.next_avail != base:
         r.offset = 0
     r.next_avail = base
-    r.used_idx = load16(r.used + 2)
+    r.shown = r.used_idx
+    r.done_count = 0
     r.pending_seen = 0
     r.buffer_range = r.table_range = 0
     r.fill_want = 1
@@ -675,7 +904,7 @@ cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
     # A driver that is resumed may have missed its last call: it gets one more (R-RING-23).
     r.unsignalled = 0 if reset and r.used_idx == 0 else 1
     r.signal_next = True
-    store16(r.used, 0)                              # kicks are on, whatever was there before (R-RING-21)
+    tell_driver(r, USED_FLAGS, 0)                   # kicks are on, whatever was there before (R-RING-21)
     ask_for_kick(r)
 
 
@@ -707,6 +936,23 @@ def _check_region(region):
         raise FrontEndError("R-VU-62", "a memory region reaches beyond its file", **where)
 
 
+cdef object _shared_view(object buffer, object offset, object size):
+    """``size`` bytes of writable memory that another program has, too; the view holds it."""
+    view = PyMemoryView_FromObject(buffer).cast("B")[offset:offset + size]
+    if view.readonly:
+        raise BufferError("memory that is shared has to be writable")
+    return view
+
+
+cdef vs_guard *_guard(object view, int *lost) except NULL:
+    """Guards what the view is on; ``lost`` is set when its file proves to be truncated (R-RING-82)."""
+    cdef Py_buffer *memory = PyMemoryView_GET_BUFFER(view)
+    cdef vs_guard *guard = guard_add(memory.buf, memory.len, lost)
+    if guard == NULL:
+        raise OSError(errno, "cannot guard shared memory against truncation")
+    return guard
+
+
 @cython.final
 @cython.no_gc_clear                                 # c.ranges point into what the views hold
 cdef class Memory:
@@ -724,16 +970,12 @@ cdef class Memory:
     cdef object attach(self, object region):
         """Adds a region to the table; the view that comes back holds its memory."""
         cdef Range *g = &self.c.ranges[self.c.count]
-        view = PyMemoryView_FromObject(region.buffer).cast("B")[region.offset:region.offset + region.size]
-        if view.readonly:
-            raise BufferError("guest memory has to be writable")
+        view = _shared_view(region.buffer, region.offset, region.size)
         g.gpa = region.gpa
         g.size = region.size
         g.front_end_addr = region.front_end_addr
         g.host = <uint8_t *>PyMemoryView_GET_BUFFER(view).buf
-        self.guards[self.c.count] = guard_add(g.host, g.size, &self.c.lost)
-        if self.guards[self.c.count] == NULL:
-            raise OSError(errno, "cannot guard guest memory against truncation")
+        self.guards[self.c.count] = _guard(view, &self.c.lost)
         self.c.count += 1
         return view.toreadonly()
 
@@ -783,6 +1025,76 @@ cdef class Memory:
         copy_covered(&self.c, &hint, gpa, PyMemoryView_GET_BUFFER(view).buf, view.nbytes, True)
 
 
+def _check_inside(rule, what, buffer, offset, size):
+    if offset < 0 or size < 0 or offset + size > memoryview(buffer).nbytes:
+        raise FrontEndError(rule, f"{what} reaches beyond its file", offset=offset, size=size)
+
+
+@cython.final
+@cython.no_gc_clear                                 # c.bits points into what the view holds
+cdef class DirtyLog:
+    """Which pages of guest memory the device has written to: a bit for each (R-VU-80)."""
+
+    def __cinit__(self, buffer, offset: int, size: int):
+        _check_inside("R-VU-81", "a dirty log", buffer, offset, size)
+        self.view = _shared_view(buffer, offset, size)
+        self.c.bits = <uint8_t *>PyMemoryView_GET_BUFFER(self.view).buf
+        self.c.size = size
+        self.guard = _guard(self.view, &self.c.lost)
+
+    def __dealloc__(self):
+        if self.guard != NULL:
+            guard_remove(self.guard)
+
+    @property
+    def size(self):
+        return self.c.size
+
+    def mark(self, uint64_t gpa, uint64_t length) -> None:
+        """Marks the pages of a range that was written to; what the log has no bits for is left out (R-VU-81)."""
+        mark(&self.c, gpa, length)
+
+    def take(self) -> bytes:
+        """The marks, which are taken away: a page written to after this is marked again."""
+        cdef uint64_t i
+        marks = PyBytes_FromStringAndSize(NULL, self.c.size)
+        cdef uint8_t *out = <uint8_t *>PyBytes_AS_STRING(marks)
+        with nogil:
+            for i in range(self.c.size):
+                out[i] = take8(self.c.bits + i)
+        return marks
+
+
+@cython.final
+@cython.no_gc_clear                                 # c points into what the view holds
+cdef class Inflight:
+    """What a front end keeps of one queue for the back end after a crash: which chains are in flight (R-VU-85)."""
+
+    def __cinit__(self, buffer, offset: int, desc_num: int):
+        if not 0 < desc_num <= SIZE_MAX_SPLIT:
+            raise FrontEndError("R-VU-85", "an in-flight region has 1 to 32768 entries", desc_num=desc_num)
+        _check_inside("R-VU-86", "an in-flight region", buffer, offset, self.footprint(desc_num))
+        self.view = _shared_view(buffer, offset, self.footprint(desc_num))
+        self.c = <FlightTable *>PyMemoryView_GET_BUFFER(self.view).buf
+        if <size_t>self.c % sizeof(uint64_t):
+            raise FrontEndError("R-VU-86", "an in-flight region is not aligned to 8", offset=offset)
+        self.desc_num = desc_num
+        self.guard = _guard(self.view, &self.lost)
+
+    def __dealloc__(self):
+        if self.guard != NULL:
+            guard_remove(self.guard)
+
+    @staticmethod
+    def footprint(desc_num: int) -> int:
+        """Bytes of a region, and from one queue's to the next one's (R-VU-86)."""
+        return (FLIGHT_HEAD + sizeof(FlightEntry) * <size_t>desc_num + 63) & ~<size_t>63
+
+    @property
+    def fresh(self):
+        return look16(&self.c.version) == 0
+
+
 def _check_setup(index, memory, size, base):
     """What a front end can get wrong about a queue besides its addresses."""
     if not 0 < size <= SIZE_MAX_SPLIT or size & (size - 1):
@@ -823,6 +1135,7 @@ cdef class DeviceQueue:
 
     def __dealloc__(self):
         PyMem_Free(self.r.stamps)
+        PyMem_Free(self.r.done)
 
     # Each operation that walks the ring is enclosed in enter() and ``busy = False``: a sink may call anything, and
     # other threads run while the interpreter lock is released.
@@ -840,8 +1153,9 @@ cdef class DeviceQueue:
 
     cdef int check(self) except -1:
         """Raises what the operation ran into, and then the queue stands still."""
-        if flag_get(&self.memory.c.lost):
-            self.fault = FrontEndError("R-RING-82", "the file behind guest memory was truncated", queue=self.index)
+        lost = self.lost_file()
+        if lost:
+            self.fault = FrontEndError("R-RING-82", f"the file behind {lost} was truncated", queue=self.index)
         elif self.r.fault.code:
             rule, what, names = FAULTS[self.r.fault.code]
             values = {name: self.r.fault.values[i] for i, name in enumerate(names)}
@@ -851,9 +1165,19 @@ cdef class DeviceQueue:
         self.r.running = False
         raise self.fault
 
+    cdef str lost_file(self):
+        """What a front end has truncated of all that the queue works on; None: nothing (R-RING-82)."""
+        if flag_get(&self.memory.c.lost):
+            return "guest memory"
+        if self.log is not None and flag_get(&self.log.c.lost):
+            return "the dirty log"
+        if self._inflight is not None and flag_get(&self._inflight.lost):
+            return "the in-flight region"
+        return None
+
     cdef object status(self, int code):
         """The Status for what a core function returned, or its exception."""
-        if code == FAULTY or flag_get(&self.memory.c.lost):
+        if code == FAULTY or self.lost_file():
             self.check()
         if code == FAILED:
             raise OSError(self.r.error, os.strerror(self.r.error))
@@ -871,6 +1195,19 @@ cdef class DeviceQueue:
         # The last call may have gone to a descriptor that nobody listens to: it is repeated (R-RING-23, R-VU-55).
         self.r.signal_next = True
         self.r.unsignalled = max(self.r.unsignalled, 1)
+
+    @property
+    def inflight(self):
+        """Where the chains in flight are kept; None: nowhere. Set while the queue is stopped (R-VU-85)."""
+        return self._inflight
+
+    @inflight.setter
+    def inflight(self, Inflight region):
+        self.idle()
+        if self.r.running:
+            raise ValueError(f"queue {self.index} is running")
+        self.r.flight = NULL
+        self._inflight = region
 
     @property
     def running(self):
@@ -926,33 +1263,69 @@ cdef class DeviceQueue:
         desc_host = _ring_part(memory, self.index, "descriptor table", desc, 16 * size, 16)
         avail_host = _ring_part(memory, self.index, "available ring", avail, 6 + 2 * size, 2)
         used_host = _ring_part(memory, self.index, "used ring", used, 6 + 8 * size, 4)
-        self.renew_stamps(size)
+        self.make_tables(size)
         self.memory = memory
         self.r.mem = &memory.c
         self.r.desc, self.r.avail, self.r.used = desc_host, avail_host, used_host
         self.r.size = size
         self.r.event_idx = event_idx
         self.r.indirect = indirect
-        ring_start(&self.r, base, reset)
+        self.r.used_idx = load16(used_host + USED_IDX)
+        ring_start(&self.r, base if self._inflight is None else self.recover(base), reset)
         self.fault = None
         self.r.running = True
         self.check()
 
-    cdef int renew_stamps(self, size_t size) except -1:
+    cdef int make_tables(self, size_t size) except -1:
         PyMem_Free(self.r.stamps)
+        PyMem_Free(self.r.done)
         self.r.serial = 0
         self.r.stamps = <uint64_t *>PyMem_Calloc(size, sizeof(uint64_t))
-        if self.r.stamps == NULL:
+        self.r.done = <uint16_t *>PyMem_Calloc(size if self._inflight is not None else 1, sizeof(uint16_t))
+        if self.r.stamps == NULL or self.r.done == NULL:
             raise MemoryError
         return 0
+
+    cdef uint16_t recover(self, uint16_t base) except *:
+        """Takes the in-flight region into use; says where to go on."""
+        self.r.flight = self._inflight.c
+        try:
+            check_size(&self.r, self.index, self._inflight.desc_num)
+            return self.r.used_idx if recover(&self.r, self.index) else base
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self) -> int:
         """Stops the queue and returns the next available index, for GET_VRING_BASE; ``offset`` is kept."""
         self.idle()
         self.r.running = False
         self.r.desc = self.r.avail = self.r.used = NULL
+        self.r.flight = NULL
         self.memory = None
         return self.r.next_avail
+
+    def restore(self, next_avail: int, offset: int) -> None:
+        """Sets where start(base=next_avail, reset=False) goes on; raises ValueError, and then nothing has changed."""
+        self.idle()
+        if self.r.running:
+            raise ValueError(f"queue {self.index} is running")
+        if not 0 <= next_avail < ALL_INDICES:
+            raise ValueError(f"an available index has 16 bits: {next_avail}")
+        if not 0 <= offset <= CHAIN_BYTES_MAX:
+            raise ValueError(f"no chain has so many bytes: {offset}")
+        self.r.next_avail = next_avail
+        self.r.offset = offset
+
+    def log_to(self, log: DirtyLog | None, used_gpa: int = -1) -> None:
+        """From now on marks in ``log`` what is written; the used ring at ``used_gpa``, unless it is -1 (R-VU-80)."""
+        self.idle()
+        if not -1 <= used_gpa < 1 << 64:
+            raise ValueError(f"an address has 64 bits: {used_gpa}")
+        self.r.logs_used = used_gpa >= 0
+        self.r.used_gpa = max(used_gpa, 0)
+        self.r.log = &log.c if log is not None else NULL
+        self.log = log
 
     def forget_partial(self) -> None:
         """Forgets the half-consumed chain's offset (device reset, R-CON-38)."""
@@ -1141,7 +1514,7 @@ cdef class DeviceQueue:
         # With event indices there is nothing to do: the driver kicks once, when it passes what kicks_on() wrote.
         if self.enter():
             if not self.r.event_idx:
-                store16(self.r.used, NO_NOTIFICATION)
+                tell_driver(&self.r, USED_FLAGS, NO_NOTIFICATION)
             self.busy = False
 
     def kicks_on(self) -> bool:
@@ -1184,8 +1557,8 @@ cdef uint64_t _checked_budget(object budget) except 0:
 
 # -- the driver's side -------------------------------------------------------------------------------------------------
 
-cdef uint8_t *_driver_part(Memory memory, uint64_t gpa, uint64_t size) except NULL:
-    """Where a part of a driver's ring lies on the host, zeroed."""
+cdef uint8_t *_driver_rings(Memory memory, uint64_t gpa, uint64_t size) except NULL:
+    """Where a driver's ring lies on the host."""
     cdef int hint = 0
     cdef uint64_t room = 0
     cdef uint8_t *host = locate(&memory.c, &hint, gpa, &room)
@@ -1193,7 +1566,6 @@ cdef uint8_t *_driver_part(Memory memory, uint64_t gpa, uint64_t size) except NU
         raise IndexError(f"{size} bytes at {gpa:#x} are not in one region of guest memory")
     if <size_t>host % 16:
         raise ValueError("the memory of a ring has to be aligned to 16 on the host")
-    memset(host, 0, size)
     return host
 
 
@@ -1228,18 +1600,16 @@ cdef class DriverQueue:
         cdef int i
         if not 0 < size <= SIZE_MAX_SPLIT or size & (size - 1):
             raise ValueError("a queue's size is a power of two up to 32768")
-        if gpa % 4096:
+        if gpa % PAGE:
             raise ValueError("a queue's address has to be a multiple of 4096")
-        self.memory = memory
         self.size = size
         self.event_idx = event_idx
         self.indirect = indirect
         self.desc = gpa
         self.avail = gpa + 16 * size
         self.used = gpa + _used_offset(size)
-        self.desc_host = _driver_part(memory, gpa, self.footprint(size))
-        self.avail_host = self.desc_host + (self.avail - self.desc)
-        self.used_host = self.desc_host + (self.used - self.desc)
+        self.rebind(memory)
+        memset(self.desc_host, 0, self.footprint(size))
         self.slots = <Slot *>PyMem_Calloc(size, sizeof(Slot))
         if self.slots == NULL:
             raise MemoryError
@@ -1254,7 +1624,15 @@ cdef class DriverQueue:
     @staticmethod
     def footprint(size: int) -> int:
         """Bytes of guest memory that a queue of ``size`` takes, rounded up to pages of 4096."""
-        return (_used_offset(size) + 6 + 8 * size + 4095) & ~4095
+        return page_up(_used_offset(size) + 6 + 8 * size)
+
+    def rebind(self, memory: Memory) -> None:
+        """Goes on with the same state in another memory; raises IndexError, ValueError, and then nothing changes."""
+        cdef uint8_t *rings = _driver_rings(memory, self.desc, self.footprint(self.size))
+        self.memory = memory
+        self.desc_host = rings
+        self.avail_host = rings + (self.avail - self.desc)
+        self.used_host = rings + (self.used - self.desc)
 
     def add(self, readable=(), writable=(), *, indirect_table: int = 0) -> int:
         """Puts a chain of (gpa, length) elements into the table and the available ring, not yet published."""
@@ -1387,6 +1765,10 @@ cdef class DriverQueue:
         return load16(self.used_host + 2) != self.last_used
 
 
+cdef uint64_t page_up(uint64_t size) noexcept:
+    return (size + PAGE - 1) & ~<uint64_t>(PAGE - 1)
+
+
 cdef uint64_t _used_offset(uint64_t size) noexcept:
-    """From a queue's start to its used ring, which is aligned to 4 (R-RING-01)."""
-    return (16 * size + 6 + 2 * size + 3) & ~<uint64_t>3
+    """From a queue's start to its used ring, which begins a page: each is written by one side only (R-VU-80)."""
+    return page_up(16 * size + 6 + 2 * size)

@@ -47,6 +47,15 @@ num_vqs=64,config_size=12,vq_size=128
 (virtio-id 3 is a console; num_vqs is twice max_ports, plus 2.) User Mode Linux:
 
   linux.uml ... virtio_uml.device=/run/vm.sock:3
+
+To upgrade vsport under a running machine, offer the device when it starts, and
+later have the new version take it over; guest and hosts notice a short pause:
+
+  vsport serve --socket-path /run/vm.sock ... --handover /run/vm.handover
+  vsport serve --takeover /run/vm.handover --handover /run/vm.handover
+
+The second one offers it in turn. The first one ends with exit code 0 as soon as
+the second one has all; if that fails at any point, the first one just goes on.
 """
 
 
@@ -139,6 +148,12 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         metavar="KIND[,...]",
         help="the guest's side: a port (virtserialport, virtconsole), or virtio-serial,max_ports=N; 'help' as above",
     )
+    serve.add_argument("--handover", metavar="PATH", help="let another process take the live device over, at PATH")
+    serve.add_argument(
+        "--takeover",
+        metavar="PATH",
+        help="take it over from the process that offers it at PATH, and go on in its place; needs none of the above",
+    )
     serve.add_argument(
         "--log-level",
         choices=["error", "warning", "info", "debug"],
@@ -158,15 +173,15 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
 def _add_inspect(commands: _Commands[_Parser]) -> None:
     inspect = commands.add_parser(
         "inspect",
-        help="say what a QEMU migration file knows about its ports",
-        description="Says what a QEMU migration file knows about its virtio-serial ports, and what that means\n"
-        "for each of them after the move; or shows the table by which ports are connected here.",
+        help="say what a snapshot, or a QEMU migration file, knows about its ports",
+        description="Says what a snapshot of vsport, or a QEMU migration file, knows about its\nvirtio-serial ports, "
+        "and what that means for each of them after the move; or\nshows the table by which ports are connected here.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    inspect.add_argument("file", nargs="?", metavar="FILE", help="what QEMU wrote with: migrate file:PATH")
+    inspect.add_argument("file", nargs="?", metavar="FILE", help="a snapshot, or what QEMU wrote by migrate file:PATH")
     inspect.add_argument(
-        "--json", action="store_true", help="one object a line: the file, its devices, ports, findings"
+        "--json", action="store_true", help="one object a line: the file, its devices, ports, messages, findings"
     )
     inspect.add_argument(
         "--states",
@@ -256,7 +271,7 @@ def _completion(arguments: argparse.Namespace) -> int:
     except ImportError:
         raise HostError("completion scripts are made by shtab: pip install 'vsport[completion]'") from None
     parser = make_parser()
-    files = {"PATH": shtab.FILE, "DIR": shtab.DIRECTORY}
+    files = {"PATH": shtab.FILE, "FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
     for action in _all_actions(parser):
         if action.metavar in files:
             action.complete = files[action.metavar]

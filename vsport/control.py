@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from vsport.constants import CONTROL_LAYOUT, CONTROL_SIZE, RESIZE_LAYOUT, Event
@@ -96,6 +96,15 @@ class Outbox:
     def sent(self) -> None:
         """The message last seen by peek() is with the guest."""
         del self._waiting[0]
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """All that wait, the next one first."""
+        return tuple(self._waiting)
+
+    def replace(self, messages: Iterable[Message]) -> None:
+        """Has ``messages`` wait, instead of those that do."""
+        self._waiting = list(messages)
 
     def clear(self) -> None:
         self._waiting.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from vsport._ring import DeviceQueue
 from vsport.connection import Cause, State
@@ -28,8 +28,10 @@ from vsport.constants import (
     tx_queue,
 )
 from vsport.control import Message, Outbox
+from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
-from vsport.port import BackEnd, Port, PortConfig, Unattached
+from vsport.port import BackEnd, Manners, Port, PortConfig, Whose
+from vsport.snapshot import QueueState, Snapshot
 
 __all__ = ["SerialDevice"]
 
@@ -73,7 +75,11 @@ class SerialDevice:
         """Whether the driver has asked for its ports (DEVICE_READY 1) since the last reset."""
         self.refused = 0
         """Control messages that broke a rule and were dropped (R-CON-30)."""
+        self.running = False
+        """Whether a queue runs; else the machine is paused, or has not begun."""
         self._outbox = Outbox()
+        self._sizes: dict[int, int] = {}
+        """Of the queues that have been started since the last reset."""
         self.on_call: Callable[[int], None] = _nothing
         """(queue index) The guest wants an interrupt, and the queue has no call descriptor."""
         self.on_backlog: Callable[[int], None] = _nothing
@@ -83,7 +89,9 @@ class SerialDevice:
         self.on_config_change: Callable[[], None] = _nothing
         """The configuration space has changed."""
         self.on_transition: Callable[[Port, Cause, State], None] = _nothing
-        """(port, cause, state before) A port's state is another one now."""
+        """(port, cause, state before) A port's state is another one now, or has come from elsewhere."""
+        self.on_drop: Callable[[Port, int, Whose], None] = _nothing
+        """(port, count, whose) So many bytes of the guest or of the host reach nobody."""
 
     # -- features and configuration space ----------------------------------------------------------------------------
 
@@ -128,10 +136,10 @@ class SerialDevice:
                 return candidate
         raise UsageError(f"all {self.max_ports} ports of the device are taken (max_ports)")
 
-    def add_port(self, config: PortConfig) -> Port:
+    def add_port(self, config: PortConfig, manners: Manners = Manners()) -> Port:  # noqa: B008 - it is frozen
         """Plugs a port, also while a guest is running. Raises UsageError (R-CON-21, R-CON-52)."""
         self._check_free(config)
-        port = Port(config, self.queues[rx_queue(config.id)], self.queues[tx_queue(config.id)], self)
+        port = Port(config, self.queues[rx_queue(config.id)], self.queues[tx_queue(config.id)], self, manners)
         self.ports[config.id] = port
         if self.driver_ready:
             self._tell_of(port)
@@ -157,7 +165,7 @@ class SerialDevice:
         port = self.ports[id]
         port.feed(Cause.UNPLUG)
         del self.ports[id]
-        port.back_end = Unattached()
+        port.back_end = BackEnd()
         if port.added:
             self.tell(Message(id, Event.PORT_REMOVE, 1))
 
@@ -184,6 +192,10 @@ class SerialDevice:
 
     def queue_started(self, index: int) -> None:
         """Queue ``index`` runs. Its backlog is looked at without waiting for a kick (R-VU-53)."""
+        self._sizes[index] = self.queues[index].size
+        if not self.running:
+            self.running = True
+            self._feed_all(Cause.RESUME)
         port = self._port_of(index)
         if port is not None:
             self._begin_single_port(port)
@@ -191,6 +203,13 @@ class SerialDevice:
 
     def queue_stopped(self, index: int) -> None:
         """Queue ``index`` has stopped; nothing is forgotten, it may be a pause (R-MIG-25)."""
+        if self.running and not any(queue.running for queue in self.queues):
+            self.running = False
+            self._feed_all(Cause.PAUSE)
+
+    def _feed_all(self, cause: Cause) -> None:
+        for port in self._in_order():
+            port.feed(cause)
 
     def kick(self, index: int) -> None:
         """The driver may have offered something on queue ``index``. Never raises for what a guest did."""
@@ -222,10 +241,82 @@ class SerialDevice:
             queue.stop()
             queue.forget_partial()
         self._outbox.clear()
-        self.driver_ready = False
+        self._sizes.clear()
+        self.running = self.driver_ready = False
         for port in self._in_order():
             port.added = port.stale = False
             port.feed(Cause.RESET)
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """All that the guest and the back ends can notice, while the machine is paused; nothing changes by it.
+
+        Raises UsageError while a queue runs: what would be written down could be over before it is read.
+        """
+        if self.running:
+            raise UsageError("the device runs: stop its queues before its state is saved")
+        return Snapshot(
+            max_ports=self.max_ports,
+            cols=self.cols,
+            rows=self.rows,
+            features=self.negotiated,
+            driver_ready=self.driver_ready,
+            queues=tuple(self._queue_state(index, size) for index, size in sorted(self._sizes.items())),
+            ports=tuple(port.save() for port in self._in_order()),
+            waiting=self._outbox.messages,
+        )
+
+    def _queue_state(self, index: int, size: int) -> QueueState:
+        queue = self.queues[index]
+        return QueueState(index, size, queue.next_avail, queue.offset)
+
+    def restore(self, snapshot: Snapshot, *, carried: Container[int] | None = None) -> None:
+        """Goes on where ``snapshot`` ends, on another machine or in another process; its queues are started later.
+
+        A host that is there already is told of the guest as its port's manners say (Policy), and the guest of the host
+        (OnRestore). ``carried`` makes it a handover: the numbers of the ports whose host's session came along.
+        Raises DocumentError or UsageError, and then nothing has changed.
+        """
+        self._check(snapshot)
+        self.negotiated, self.driver_ready = snapshot.features, snapshot.driver_ready
+        self.cols, self.rows = snapshot.cols, snapshot.rows
+        self._outbox.replace(snapshot.waiting)
+        self._restore_queues(snapshot)
+        cause = Cause.RESTORE if carried is None else Cause.HANDOVER
+        for saved in snapshot.ports:
+            id = saved.config.id
+            self.ports[id].restore(saved, cause, carried=carried is not None and id in carried)
+
+    def _restore_queues(self, snapshot: Snapshot) -> None:
+        self._sizes = {saved.index: saved.size for saved in snapshot.queues}
+        positions = {saved.index: (saved.next_avail, saved.offset) for saved in snapshot.queues}
+        for queue in self.queues:
+            queue.restore(*positions.get(queue.index, (0, 0)))
+
+    def _check(self, snapshot: Snapshot) -> None:
+        """Whether ``snapshot`` fits this device; raises DocumentError, or UsageError while a queue runs."""
+        if self.running:
+            raise UsageError("the device runs: stop its queues before it is restored")
+        if snapshot.max_ports != self.max_ports:
+            raise DocumentError(f"the snapshot has max_ports={snapshot.max_ports}, this device {self.max_ports}")
+        if unknown := snapshot.features & ~self.features:
+            raise DocumentError(f"the snapshot's guest uses features that this device has not: {unknown:#x}")
+        if self.negotiated not in {0, snapshot.features}:
+            raise DocumentError(
+                f"the snapshot's guest uses features {snapshot.features:#x}, this device's {self.negotiated:#x}"
+            )
+        for saved in snapshot.ports:
+            if saved.config.id in self.ports:
+                self.ports[saved.config.id].check(saved)
+        self._check_same_ports({saved.config.id for saved in snapshot.ports})
+
+    def _check_same_ports(self, theirs: set[int]) -> None:
+        """R-MIG-19, R-VU-92: a port that is there on one side only is a mistake of the configuration."""
+        missing, extra = sorted(theirs - self.ports.keys()), sorted(self.ports.keys() - theirs)
+        if missing or extra:
+            numbers = ", ".join([*(f"{id} is missing here" for id in missing), *(f"{id} is too much" for id in extra)])
+            raise DocumentError(f"the snapshot's ports are not this device's: {numbers}; give it the same ports")
 
     # -- the conversation on the control queues (5.3.6.2, R-CON-20 to 39) ---------------------------------------------
 
@@ -344,3 +435,7 @@ class SerialDevice:
     def transition(self, port: Port, cause: Cause, before: State) -> None:
         log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
         self.on_transition(port, cause, before)
+
+    def dropped(self, port: Port, count: int, whose: Whose) -> None:
+        log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
+        self.on_drop(port, count, whose)

@@ -5,6 +5,7 @@ type               who broke a rule                             what vsport does
 =================  ===========================================  ==========================================
 ``GuestError``     the driver in the guest                      stops that one queue, the rest goes on
 ``FrontEndError``  the VMM at the other end of vhost-user       refuses the message or ends the connection
+``BackEndError``   the back end (as seen by our front end)      gives up what it was about to do
 ``DeviceError``    the device (as seen by a simulated guest)    marks that queue broken
 ``HostError``      the host: a chardev, a path, a descriptor    reports it; the guest is not to blame
 ``UsageError``     the user's command line or configuration     one line, exit code 2
@@ -16,7 +17,16 @@ conformance list (``"R-RING-71"``).
 
 from __future__ import annotations
 
-__all__ = ["DeviceError", "FrontEndError", "GuestError", "HostError", "PeerError", "UsageError", "VsportError"]
+__all__ = [
+    "BackEndError",
+    "DeviceError",
+    "FrontEndError",
+    "GuestError",
+    "HostError",
+    "PeerError",
+    "UsageError",
+    "VsportError",
+]
 
 
 class VsportError(Exception):
@@ -40,6 +50,10 @@ class GuestError(PeerError):
 
 class FrontEndError(PeerError):
     """The vhost-user front end broke the protocol."""
+
+
+class BackEndError(PeerError):
+    """The vhost-user back end broke the protocol, refused a request, or does not answer: what a front end raises."""
 
 
 class DeviceError(PeerError):

@@ -8,12 +8,16 @@ loop.run()
 
 from __future__ import annotations
 
+from typing import Any
+
 from vsport import chardev
 from vsport.chardev.base import Chardev
 from vsport.device import SerialDevice
+from vsport.document import Fields
 from vsport.errors import UsageError
 from vsport.loop import Loop
 from vsport.options import Configuration, PortOption
+from vsport.parcel import Delivery, Parcel
 from vsport.port import PortConfig
 from vsport.pump import PortPump
 
@@ -43,7 +47,7 @@ class Host:
             raise UsageError("port number 0 is for a console (virtconsole): generic ports start at nr=1")
         id = self.device.free_port_id(console=option.console) if option.nr is None else option.nr
         port = self.device.add_port(
-            PortConfig(id, option.name, option.console, option.cols, option.rows, option.rows_first)
+            PortConfig(id, option.name, option.console, option.cols, option.rows, option.rows_first), option.manners
         )
         if option.chardev:
             pump = self.pumps[id] = PortPump(self.loop, port, self.chardevs[option.chardev])
@@ -65,6 +69,40 @@ class Host:
         except BaseException:
             self.close()
             raise
+
+    # -- going on in another process -----------------------------------------------------------------------------------
+
+    def give(self, parcel: Parcel) -> dict[str, Any]:
+        """Every open chardev, by its id, for the take() of another process. Changes nothing."""
+        return {pump.chardev.id: pump.chardev.give(parcel) for pump in self.pumps.values()}
+
+    def take(self, state: Fields, delivery: Delivery) -> None:
+        """In the place of open(), with what give() said. Raises DocumentError, OSError, and then none is open."""
+        try:
+            for pump in self.pumps.values():
+                pump.chardev.take(self.loop, pump, state.object(pump.chardev.id), delivery)
+            state.end()
+        except BaseException:
+            self.release()
+            raise
+
+    def with_peers(self) -> set[int]:
+        """The ids of the ports whose host is there."""
+        return {id for id, pump in self.pumps.items() if pump.chardev.connected}
+
+    def announce(self) -> None:
+        """After take(): the guest hears of hosts that it has not heard of, and of each when it could have before."""
+        for id in self.with_peers():
+            port = self.device.ports[id]
+            if not port.state.host_connected:
+                self.pumps[id].announce_host(port)
+
+    def release(self) -> None:
+        """Every chardev is another process's now."""
+        for pump in self.pumps.values():
+            pump.chardev.release()
+
+    # -- hosts ---------------------------------------------------------------------------------------------------------
 
     def missing_peers(self) -> list[Chardev]:
         """The chardevs that were told to wait for their first peer (wait=on) and have none yet."""

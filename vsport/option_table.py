@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 from vsport.errors import UsageError
 
-__all__ = ["Option", "between", "help_lines", "integer", "on_off", "parse", "size", "text"]
+__all__ = ["Option", "between", "choice", "help_lines", "integer", "on_off", "parse", "size", "text"]
 
+_PLACEHOLDERS: dict[Callable[[str], Any], str] = {}
+"""By reader: what stands behind the ``=`` in a help text."""
 _UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -59,6 +61,18 @@ def between(low: int, high: int) -> Callable[[str], int]:
     return read
 
 
+def choice(*words: str) -> Callable[[str], str]:
+    """Reads one of ``words``."""
+
+    def read(value: str) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return value
+
+    _PLACEHOLDERS[read] = "|".join(words)
+    return read
+
+
 def size(value: str) -> int:
     """A number of bytes, with QEMU's suffixes K, M, G."""
     unit = _UNITS.get(value[-1:].upper(), 1)
@@ -68,7 +82,7 @@ def size(value: str) -> int:
         raise ValueError("must be a number of bytes, such as 65536 or 64K") from None
 
 
-_PLACEHOLDERS: dict[Callable[[str], Any], str] = {text: "TEXT", on_off: "on|off", integer: "N", size: "SIZE"}
+_PLACEHOLDERS.update({text: "TEXT", on_off: "on|off", integer: "N", size: "SIZE"})
 
 
 def parse(table: Mapping[str, Option], given: Mapping[str, str], who: str) -> dict[str, Any]:

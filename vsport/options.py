@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vsport.connection import OnRestore, Policy
 from vsport.constants import PORTS_DEFAULT, PORTS_MAX
 from vsport.errors import UsageError
-from vsport.option_table import Option, between, on_off, parse, text
+from vsport.option_table import Option, between, choice, on_off, parse, text
+from vsport.port import Away, Manners
 
 __all__ = ["DEVICES", "ChardevOption", "Configuration", "PortOption", "parse_configuration", "split_options"]
 
@@ -34,6 +36,21 @@ _PORT: Mapping[str, Option] = {
     "nr": Option(between(0, PORTS_MAX - 1), None, "the port's number; the lowest free one if it is not given"),
     "id": Option(text, "", "a name for messages"),
     "bus": Option(text, "", "the device that the port belongs to, ID.0"),
+    "away": Option(
+        choice(*(away.value for away in Away)),
+        Away.QEMU.value,
+        "bytes for a side that is away; qemu: the guest's are dropped, the host's wait",
+    ),
+    "restore": Option(
+        choice(*(policy.value for policy in Policy)),
+        Policy.RECONNECT.value,
+        "what the host's side is told of the guest after a move",
+    ),
+    "on_restore": Option(
+        choice(*(what.value for what in OnRestore)),
+        OnRestore.AUTO.value,
+        "what the guest is shown of a move; auto: its port closes and opens if the host is another one",
+    ),
 }
 _CONSOLE: Mapping[str, Option] = {
     **_PORT,
@@ -75,6 +92,7 @@ class PortOption:
     rows: int = 25
     rows_first: bool = False
     """For consoles of Linux before 6.15, which takes rows for columns (R-CON-26)."""
+    manners: Manners = field(default_factory=Manners)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +191,11 @@ def _check_bus(given: str, wanted: str, bus: str) -> None:
 
 
 def _port(kind: str, values: dict[str, Any]) -> PortOption:
-    return PortOption(
-        kind == "virtconsole", **{name.removeprefix("x-").replace("-", "_"): values[name] for name in values}
-    )
+    manners = Manners(Away(values.pop("away")), Policy(values.pop("restore")), OnRestore(values.pop("on_restore")))
+    if kind == "virtconsole" and manners.away is Away.HOLD:
+        raise UsageError("virtconsole: away=hold would make its guest stand still (R-CON-45); use discard or qemu")
+    names = {name: name.removeprefix("x-").replace("-", "_") for name in values}
+    return PortOption(kind == "virtconsole", manners=manners, **{names[name]: values[name] for name in values})
 
 
 def _check_id(option: str, text: str, id: str) -> None:

@@ -5,27 +5,32 @@ The port decides nothing by itself: ``feed`` looks a cause up in the connection 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Protocol
 
 from vsport._ring import DeviceQueue
-from vsport.connection import TABLE, Cause, Effect, Refused, State
+from vsport.connection import LETS_THROUGH, TABLE, Cause, Effect, OnRestore, Policy, Refused, State, Transition
 from vsport.constants import Event
 from vsport.control import Message
+from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
+from vsport.snapshot import PortConfig, PortState
 
-__all__ = ["BackEnd", "Counters", "Links", "Port", "PortConfig", "Unattached"]
-
-_NAME_BYTES_MAX = 1024
-"""A name travels in one control message, and a guest's control buffer is a page (R-GUEST-19)."""
-_BAD_IN_NAME = re.compile(r"[/\x00-\x1f\x7f]")
+__all__ = ["Away", "BackEnd", "Counters", "Links", "Manners", "Port", "PortConfig", "Whose"]
 
 
-class BackEnd(Protocol):
-    """What a port drives: any object with these, not only a character device."""
+class BackEnd:
+    """What a port drives: not only a character device, but any object that has these. None of them has to be there.
+
+    It knows of the guest what it is told here, and nothing else: a back end that was made anew after a move and is not
+    told that the guest holds the port open is the dead mouse of 2011. A port that has none of its own has this one,
+    whose host never connects.
+
+    It says itself when its host comes and goes: ``port.feed(Cause.HOST_CONNECT)`` and ``HOST_DISCONNECT``.
+    """
 
     def tx_ready(self) -> None:
         """The transmit ring may have chains, or may be taken from again: look."""
@@ -34,19 +39,27 @@ class BackEnd(Protocol):
         """The receive ring may have buffers: look."""
 
     def guest_connected(self, connected: bool, cause: Cause) -> None:
-        """The guest's end has opened or closed, and why."""
+        """The guest's end is open or closed, and why it is said now: it happened (GUEST_OPEN, GUEST_CLOSE, RESET,
+        UNPLUG), or it has been so since before this back end was made (RESTORE, HANDOVER)."""
 
     def emergency_write(self, byte: int) -> None:
         """One byte from a guest that can do no better (emerg_wr, R-CON-07)."""
 
+    def announce_host(self, port: Port) -> None:
+        """The guest has been told that the host of before is gone. This back end's host is there: say so."""
+        port.feed(Cause.HOST_CONNECT)
 
-class Unattached:
-    """The back end of a port that has none: its host never connects, so what the guest sends is dropped."""
+    def save(self) -> bytes:
+        """What a back end in its place shall know after a move, in words of its own."""
+        return b""
 
-    def tx_ready(self) -> None: ...
-    def rx_ready(self) -> None: ...
-    def guest_connected(self, connected: bool, cause: Cause) -> None: ...
-    def emergency_write(self, byte: int) -> None: ...
+    def check(self, state: bytes) -> None:
+        """Whether load() can do with ``state``, which comes from a file: raises DocumentError if not."""
+        if state:
+            raise DocumentError(f"the back end has a state of {len(state)} bytes, and this one takes none")
+
+    def load(self, state: bytes) -> None:
+        """Takes over what save() gave before the move, and check() found good."""
 
 
 class Links(Protocol):
@@ -68,29 +81,40 @@ class Links(Protocol):
         """Queue ``index`` has stopped because a peer broke a rule."""
 
     def transition(self, port: Port, cause: Cause, before: State) -> None:
-        """The port's state is another one now."""
+        """The port's state is another one now, or has come from elsewhere (RESTORE, HANDOVER)."""
+
+    def dropped(self, port: Port, count: int, whose: Whose) -> None:
+        """``count`` bytes of the guest or of the host reach nobody."""
+
+
+class Away(Enum):
+    """What becomes of bytes for a side that is not there."""
+
+    QEMU = "qemu"
+    """As QEMU does it: what the guest sends is dropped, what the host sends waits in its transport (R-CON-44)."""
+    DISCARD = "discard"
+    """Dropped, both ways."""
+    HOLD = "hold"
+    """Both wait: the guest's bytes in its ring, until a host comes."""
 
 
 @dataclass(frozen=True, slots=True)
-class PortConfig:
-    """What a user says about a port. Raises UsageError (R-CON-52) for a name that udev could not make a link of."""
+class Manners:
+    """How a port treats its two sides. The host's choice, so no part of what moves with the guest.
 
-    id: int
-    name: str = ""
-    console: bool = False
-    cols: int = 80
-    rows: int = 25
-    rows_first: bool = False
-    """Sizes are said as Linux before 6.15 reads them, which no device can find out (R-CON-26)."""
+    Raises UsageError for a console that shall hold: its guest spins until its bytes are taken (R-CON-45).
+    """
 
-    def __post_init__(self) -> None:
-        if _BAD_IN_NAME.search(self.name) or self.name in {".", ".."}:
-            raise UsageError(f"port name {self.name!r}: no '/' and no control characters: udev makes a file of it")
-        if len(self.name.encode(errors="surrogateescape")) > _NAME_BYTES_MAX:
-            raise UsageError(f"port name {self.name[:20]!r}...: longer than {_NAME_BYTES_MAX} bytes")
-        for word, value in (("cols", self.cols), ("rows", self.rows)):
-            if not 0 <= value <= 0xFFFF:
-                raise UsageError(f"port {self.id}: {word}={value} is not in 0 to 65535")
+    away: Away = Away.QEMU
+    restore: Policy = Policy.RECONNECT
+    on_restore: OnRestore = OnRestore.AUTO
+
+
+class Whose(Enum):
+    """Whose bytes were dropped."""
+
+    GUEST = "guest"
+    HOST = "host"
 
 
 @dataclass(slots=True)
@@ -102,7 +126,7 @@ class Counters:
     bytes_discarded: int = 0
     """Bytes of the guest that no host took."""
     host_bytes_dropped: int = 0
-    """Bytes of a host that left before the guest opened the port."""
+    """Bytes of hosts that the guest does not get."""
     refused: int = 0
     """Messages of the guest that broke a rule and were dropped."""
 
@@ -115,13 +139,22 @@ class Port:
     rx: DeviceQueue
     tx: DeviceQueue
     links: Links
-    back_end: BackEnd = field(default_factory=Unattached)
+    manners: Manners = field(default_factory=Manners)
+    back_end: BackEnd = field(default_factory=BackEnd)
     state: State = State.B_UNREADY
     added: bool = False
     """Whether the driver has been told of the port (PORT_ADD) since the last reset."""
     stale: bool = False
     """Whether the transmit ring has what was meant for a host that left while the ring stood still."""
+    session: int = 0
+    """How many sessions its hosts have had, on whatever machine: the number of the present one, or of the last."""
     counters: Counters = field(default_factory=Counters)
+    _back_end_state: bytes = b""
+    """Of the snapshot that the port was restored from."""
+
+    def __post_init__(self) -> None:
+        if self.console and self.manners.away is Away.HOLD:
+            raise UsageError(f"port {self.id}: away=hold is not for a console: its guest would stand still (R-CON-45)")
 
     @property
     def id(self) -> int:
@@ -157,7 +190,9 @@ class Port:
 
     def _count(self, before: State) -> None:
         self.counters.guest_opens += self.state.guest_connected and not before.guest_connected
-        self.counters.host_connects += self.state.host_connected and not before.host_connected
+        if self.state.host_connected and not before.host_connected:
+            self.counters.host_connects += 1
+            self.session += 1
 
     def _carry_out(self, effect: Effect, cause: Cause) -> None:
         match effect:
@@ -173,10 +208,73 @@ class Port:
                 self.back_end.guest_connected(False, cause)
             case Effect.RETURN_CHAINS:
                 self.stale = True
-                self.discard()
+                self._return_chains()
+            case Effect.LOAD_BACK_END:
+                self.back_end.load(self._back_end_state)
             case Effect.FLOW:
                 self.tx_ready()
                 self.back_end.rx_ready()
+
+    # -- moving ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> PortState:
+        """The port as it is now; nothing changes."""
+        self.feed(Cause.SAVE)
+        return PortState(
+            config=self.config,
+            state=self.state,
+            added=self.added,
+            stale=self.stale,
+            session=self.session,
+            back_end=self.back_end.save(),
+        )
+
+    def check(self, saved: PortState) -> None:
+        """Whether restore() can do with ``saved``: raises DocumentError if not."""
+        for what in ("name", "console"):
+            was, is_ = getattr(saved.config, what), getattr(self.config, what)
+            if was != is_:
+                raise DocumentError(f"port {self.id}: {what} was {was!r} and is {is_!r} here; give it the same one")
+        try:
+            self.back_end.check(saved.back_end)
+        except DocumentError as exc:
+            raise DocumentError(f"port {self.id}: {exc}") from None
+
+    def restore(self, saved: PortState, cause: Cause, *, carried: bool) -> None:
+        """The port goes on where ``saved`` ends, which check() has found good; its rings stand still.
+
+        ``cause`` is RESTORE or HANDOVER, and ``carried`` says that the host's session came along. If it did not, the
+        guest is told that its host has left, and if there is one here, that it has come: no splice.
+        """
+        here = self.state.host_connected
+        before, self.state = self.state, saved.state
+        self.config = replace(self.config, cols=saved.config.cols, rows=saved.config.rows)
+        self.added, self.stale, self.session = saved.added, saved.stale, saved.session
+        self.links.transition(self, cause, before)
+        self._back_end_state = saved.back_end
+        self._teach_back_end(cause)
+        if self.state.host_connected and not carried:
+            self._begin_session(here, cause)
+        if here and not self.state.host_connected:
+            self.back_end.announce_host(self)
+
+    def _teach_back_end(self, cause: Cause) -> None:
+        """What RESTORE or HANDOVER brings about, as far as the policy lets it."""
+        row = TABLE[self.state, cause]
+        assert isinstance(row, Transition)
+        allowed = LETS_THROUGH[self.manners.restore if cause is Cause.RESTORE else Policy.RECONNECT]
+        for effect in row.effects:
+            if effect in allowed:
+                self._carry_out(effect, cause)
+
+    def _begin_session(self, here: bool, cause: Cause) -> None:
+        """The guest was talking to a host that did not come along; ``here`` says that another one is there already."""
+        if here and cause is Cause.RESTORE and self.manners.on_restore is OnRestore.RESUME:
+            self.session += 1
+        else:
+            self.feed(Cause.HOST_DISCONNECT)
+
+    # -- what it is --------------------------------------------------------------------------------------------------
 
     def resize(self, cols: int, rows: int) -> None:
         """The terminal behind a console port has another size (R-CON-25). Raises UsageError if it is out of range."""
@@ -198,28 +296,57 @@ class Port:
 
     # -- rings -----------------------------------------------------------------------------------------------------
 
+    @property
+    def holds(self) -> bool:
+        """Whether bytes of the guest wait for a host. Those of a driver that is not ready are for nobody."""
+        return self.manners.away is Away.HOLD and self.state.device_ready
+
     def tx_ready(self) -> None:
         """The guest may have sent something: it goes to the host, or nowhere if there is none.
 
         A driver that has not called the port ready has sent nothing yet: what is there is from before an unplugging.
         """
-        if self.state.host_connected and self.state.device_ready and not self.stale:
+        if self.stale:
+            self._return_chains()
+        if self.stale:
+            return
+        if self.state.host_connected and self.state.device_ready:
             self.back_end.tx_ready()
+        elif not self.holds:
+            self.discard()
+
+    def _return_chains(self) -> None:
+        """What a host has left behind: all of it, or, if the next one shall have it, the chain of which it took half.
+
+        A ring that stands still, as in a pause, keeps it until it runs.
+        """
+        if self.holds:
+            with self.blaming(self.tx):
+                self.drop(self.tx.return_partial(), Whose.GUEST)
+                self.notify(self.tx)
+                self.stale = self.stale and not self.tx.running
         else:
             self.discard()
 
     def discard(self) -> None:
-        """Returns what the guest has sent, a half-consumed chain too, and counts the bytes (R-CON-44, R-CON-48).
-
-        A ring that stands still, as in a pause, keeps it until it runs.
-        """
+        """Returns what the guest has sent, a half-consumed chain too, and counts the bytes (R-CON-44, R-CON-48)."""
         with self.blaming(self.tx):
-            self.counters.bytes_discarded += self.tx.discard()
+            self.drop(self.tx.discard(), Whose.GUEST)
             self.notify(self.tx)
             more = self.tx.kicks_on()
             self.stale = self.stale and (more or not self.tx.running)
             if more:
                 self.links.backlog(self.tx.index)
+
+    def drop(self, count: int, whose: Whose) -> None:
+        """Bytes reach nobody: that is counted, and said."""
+        if not count:
+            return
+        if whose is Whose.GUEST:
+            self.counters.bytes_discarded += count
+        else:
+            self.counters.host_bytes_dropped += count
+        self.links.dropped(self, count, whose)
 
     def notify(self, queue: DeviceQueue) -> None:
         """Interrupts the guest for what was completed on ``queue``, if it wants that."""

@@ -18,8 +18,9 @@ import time
 from vsport._ring import Status
 from vsport.chardev.base import Chardev
 from vsport.connection import Cause
+from vsport.document import DocumentError
 from vsport.loop import HUP, RDHUP, READ, WRITE, Loop, Timer
-from vsport.port import Port
+from vsport.port import Away, BackEnd, Port, Whose
 
 __all__ = ["SETTLE_SECONDS", "PortPump"]
 
@@ -32,14 +33,19 @@ Linux wakes a program that sleeps in read() when it hears PORT_OPEN 0, and the p
 run. A PORT_OPEN 1 that overtakes it would hide the close, and with it the end of the session.
 """
 
+_SCRATCH_BYTES = 65536
+"""How much of what nobody hears is read in one turn."""
 
-class PortPump:
-    """The back end of a port (port.BackEnd), and the owner of its chardev (chardev.base.ChardevOwner)."""
+
+class PortPump(BackEnd):
+    """The back end of a port, and the owner of its chardev (chardev.base.ChardevOwner)."""
 
     def __init__(self, loop: Loop, port: Port, chardev: Chardev) -> None:
         self.loop = loop
         self.port = port
         self.chardev = chardev
+        self._guest_open = False
+        """What this back end has been told of the guest. It is not looked up in the port: nobody told it so."""
         self._watched: dict[int, int] = {}
         self._host_is_slow = False
         self._host_is_deaf = False
@@ -97,7 +103,7 @@ class PortPump:
     def _end_session(self, why: str) -> None:
         log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
         if self.chardev.eof_ends_session:  # otherwise the input is no part of the session, and stays
-            self.port.counters.host_bytes_dropped += self._unread()
+            self.port.drop(self._unread(), Whose.HOST)
         self._forget_peer()
         self.chardev.disconnect()
 
@@ -117,6 +123,7 @@ class PortPump:
 
     def guest_connected(self, connected: bool, cause: Cause) -> None:
         """The guest's end opened or closed: bytes of the host are read, or left in the transport."""
+        self._guest_open = connected
         if self._host_is_deaf and not connected:
             self._end_session("takes no more, and nobody is left to hear it")
         else:
@@ -133,6 +140,25 @@ class PortPump:
                 self.chardev.write(memoryview(bytes([byte])))
         except OSError as exc:
             log.info("port %d: emergency byte lost: %s", self.port.id, exc)
+
+    def announce_host(self, port: Port) -> None:
+        """The guest was moved, and hears now that its host of before is gone: ours is another session."""
+        self._forget_peer()
+        self._left_at = time.monotonic()
+        self.host_connected()
+
+    def save(self) -> bytes:
+        return bytes([self._guest_open]) + self.chardev.save()
+
+    def check(self, state: bytes) -> None:
+        if state[:1] not in {b"", b"\0", b"\1"}:
+            raise DocumentError("the back end's state begins neither with 0 nor with 1")
+        self.chardev.check(state[1:])
+
+    def load(self, state: bytes) -> None:
+        """A state that is empty comes from a device whose back ends save nothing, such as QEMU's."""
+        self._guest_open = state[:1] == b"\1"
+        self.chardev.load(state[1:])
 
     # -- guest to host -------------------------------------------------------------------------------------------------
 
@@ -158,7 +184,7 @@ class PortPump:
 
     def _reading(self) -> bool:
         """Whether bytes of the host are for a guest that is there."""
-        return self.chardev.read_fd >= 0 and self.port.state.guest_connected and not self._input_ended
+        return self.chardev.read_fd >= 0 and self._guest_open and not self._input_ended
 
     def _drain_until_quiet(self) -> Status:
         """Drains with kicks off; after the last chain asks for kicks, and looks once more (R-RING-18)."""
@@ -253,7 +279,7 @@ class PortPump:
 
     def _wanted_of_input(self) -> int:
         reading = self._reading()
-        if reading and self._guest_has_buffers:
+        if (reading and self._guest_has_buffers) or self._throwing_away():
             return READ | RDHUP
         waiting = self._last_words_wait if reading else self._input_ended
         return RDHUP if self.chardev.eof_ends_session and not waiting else 0
@@ -284,9 +310,28 @@ class PortPump:
         elif fd == self.chardev.read_fd and ready & (READ | RDHUP | HUP):
             self._on_input(ready)
 
+    def _throwing_away(self) -> bool:
+        """Whether what the host says while no program in the guest listens is read, and dropped (away=discard)."""
+        guest_away = not self._guest_open and not self._input_ended
+        return guest_away and self.port.manners.away is Away.DISCARD and self.port.state.device_ready
+
+    def _throw_away(self) -> None:
+        try:
+            data = os.read(self.chardev.read_fd, _SCRATCH_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as exc:
+            self._end_session(exc.strerror or str(exc))
+            return
+        self.port.drop(len(data), Whose.HOST)
+        if not data:
+            self._input_over()
+
     def _on_input(self, ready: int) -> None:
         if self._reading() and self._guest_has_buffers:
             self._fill()
+        elif self._throwing_away():
+            self._throw_away()
         elif not ready & (RDHUP | HUP):
             return
         elif self._reading() and self._unread():

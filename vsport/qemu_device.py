@@ -27,11 +27,16 @@ __all__ = [
     "Segment",
     "Severity",
     "Status",
+    "feature_names",
     "inconsistencies",
 ]
 
 QUEUES_MAX = SEGMENTS_MAX = 1024
 """VIRTIO_QUEUE_MAX and VIRTQUEUE_MAX_SIZE (R-MIG-24)."""
+
+
+_SEGMENT_MAX = (1 << 32) - 1
+"""Bytes of one descriptor (2.7.5)."""
 
 
 class _Plain:
@@ -108,7 +113,13 @@ _FEATURE_NAMES = {
     40: "RING_RESET",
 }
 """5.3.3, 6, and the three that only QEMU and older specifications have."""
-_VERSION_1, _RING_PACKED = 1 << 32, 1 << 34
+_MULTIPORT, _VERSION_1, _RING_PACKED = 1 << 1, 1 << 32, 1 << 34
+
+
+def feature_names(features: int) -> tuple[str, ...]:
+    """Features by name, lowest bit first; ``bit N`` for those that have none."""
+    bits = (bit for bit in range(features.bit_length()) if features >> bit & 1)
+    return tuple(_FEATURE_NAMES.get(bit, f"bit {bit}") for bit in bits)
 
 
 class Segment(NamedTuple):
@@ -258,9 +269,12 @@ class QemuDevice(_Plain):
 
     @property
     def feature_names(self) -> tuple[str, ...]:
-        """The negotiated features by name, lowest bit first; ``bit N`` for those that have none."""
-        bits = (bit for bit in range(self.features.bit_length()) if self.features >> bit & 1)
-        return tuple(_FEATURE_NAMES.get(bit, f"bit {bit}") for bit in bits)
+        """The negotiated features by name."""
+        return feature_names(self.features)
+
+    def half_sent(self, index: int) -> QemuElement | None:
+        """The chain that QEMU has taken from queue ``index`` and not given back; None if there is none."""
+        return next((port.element for port in self.ports if tx_queue(port.id) == index), None)
 
     def queue_base(self, index: int) -> int:
         """Where another device has to take queue ``index`` up, as vhost-user's SET_VRING_BASE has it (R-MIG-24).
@@ -269,7 +283,7 @@ class QemuDevice(_Plain):
         is the wrap counter and a chain is as long as its descriptors. Raises IndexError if there is no such queue.
         """
         queue = self.queues[index]
-        element = next((port.element for port in self.ports if tx_queue(port.id) == index), None)
+        element = self.half_sent(index)
         if queue.packed is None:
             return (queue.last_avail - (element is not None)) & 0xFFFF
         position, wrap = queue.packed.last_avail, queue.packed.avail_wrap
@@ -296,10 +310,15 @@ class QemuStream(_Plain):
     findings: tuple[Finding, ...]
 
     @property
-    def consistent(self) -> bool:
-        """No finding, of the file or of a device, is an error: it may be restored from."""
+    def errors(self) -> tuple[Finding, ...]:
+        """What contradicts itself, in the file or in a device."""
         everything = [*self.findings, *(finding for device in self.devices for finding in device.findings)]
-        return all(finding.severity is not Severity.ERROR for finding in everything)
+        return tuple(finding for finding in everything if finding.severity is Severity.ERROR)
+
+    @property
+    def consistent(self) -> bool:
+        """There is no such thing: it may be restored from."""
+        return not self.errors
 
 
 # -- what does not fit together: R-MIG-15, R-MIG-18, R-MIG-19, R-MIG-24 ------------------------------------------------
@@ -354,12 +373,16 @@ def _port_troubles(device: QemuDevice) -> _Troubles:
             yield f"port {port.id} on a device with {device.max_ports} ports", "R-MIG-19"
         if port.guest_connected and not device.status & Status.DRIVER_OK:
             yield f"port {port.id} is open in a guest that has no driver for it", "R-MIG-13"
+        if port.guest_connected and port.id and not device.features & _MULTIPORT:
+            yield f"port {port.id} is open in a guest that knows port 0 only, without MULTIPORT", "R-CON-37"
         if port.element:
             yield from _element_troubles(device, port.id, port.element)
 
 
 def _element_troubles(device: QemuDevice, id: int, element: QemuElement) -> _Troubles:
     queue = device.queues[tx_queue(id)] if tx_queue(id) < len(device.queues) else None
+    if queue and not queue.desc and device.status & Status.DRIVER_OK:
+        yield f"port {id}: it has a half-consumed chain in queue {queue.index}, which is not set up", "R-MIG-24"
     if queue and not device.packed and element.head >= queue.num:
         yield f"port {id}: its chain begins at descriptor {element.head} of {queue.num}", "R-MIG-24"
     if queue and element.out_num > queue.num > 0 and not device.features & 1 << 28:
@@ -372,6 +395,8 @@ def _element_troubles(device: QemuDevice, id: int, element: QemuElement) -> _Tro
         yield f"port {id}: it goes on behind the end of segment {element.iov_idx}", "R-MIG-24"
     if any(segment.gpa + segment.length > 1 << 64 for segment in element.segments):
         yield f"port {id}: its chain does not lie in 64 bits of address space", "R-MIG-24"
+    if any(segment.length > _SEGMENT_MAX for segment in element.segments):
+        yield f"port {id}: its chain has a segment that is longer than a descriptor can say", "R-MIG-24"
 
 
 def _map_troubles(device: QemuDevice) -> _Troubles:

@@ -621,11 +621,11 @@ class _BodyReader:
 
     def _skip_unknown(self, name: str) -> None:
         """A newer QEMU may have more subsections; where they end only the footer tells."""
-        cursor = self._cursor
+        cursor, called = self._cursor, f"'{name[:60]}'"  # It is printable already, and endless if the file is damaged.
         ahead = cursor.image.read(cursor.offset, min(_RESYNC_MAX, cursor.image.size - cursor.offset))
         if (distance := ahead.find(self._header.footer)) < 0:
-            raise StreamError(cursor.offset, "the end of the section", f"an unknown subsection, {name!r}")
-        what = f"what follows the unknown subsection {name!r} was not read"
+            raise StreamError(cursor.offset, "the end of the section", f"an unknown subsection, {called}")
+        what = f"what follows the unknown subsection {called} was not read"
         self._findings.append(Finding(Severity.WARNING, what, "R-MIG-17", cursor.offset))
         cursor.offset += distance
 

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from vsport.addresses import UnixAddress
 from vsport.chardev import KINDS
 from vsport.chardev.base import Chardev
 from vsport.errors import HostError, UsageError
+from vsport.handover import Cargo, Offer, Takeover
 from vsport.host import Host
 from vsport.loop import Loop
 from vsport.option_table import Option, help_lines
@@ -26,6 +29,8 @@ __all__ = ["CAPABILITIES", "description", "option_help", "serve"]
 
 CAPABILITIES = '{"type": "console"}'
 """What --print-capabilities prints; the schema has no features for a console (R-VU-101)."""
+
+log = logging.getLogger("vsport.serve")
 
 PROGRAM = "vhost-user-vsport"
 """Management programs start a back end by its path and options alone, so `vsport serve` has a name of its own."""
@@ -82,31 +87,73 @@ def _summaries(kinds: Mapping[str, _Kind]) -> list[str]:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Runs until a signal says stop; returns the exit code. Raises UsageError, HostError."""
-    if (arguments.socket_path is None) == (arguments.fd is None):
-        raise UsageError("give either --socket-path PATH or --fd N: where is the VMM?")
-    if arguments.socket_path == "":
-        raise UsageError("--socket-path is empty")
+    """Runs until a signal says stop, or another process takes over; returns the exit code.
+
+    Raises UsageError, HostError.
+    """
+    _check(arguments)
     logging.basicConfig(level=arguments.log_level.upper(), format="vsport: %(message)s", stream=sys.stderr)
-    configuration = parse_configuration(arguments.chardev, arguments.device)
     loop = Loop()
     try:
-        return _Daemon(loop, Host(loop, configuration)).run(arguments)
+        if arguments.takeover is not None:
+            return _take_over(loop, arguments)
+        return _Daemon(loop, arguments.chardev, arguments.device).run(arguments)
     finally:
         loop.close()
 
 
-class _Daemon:
-    """Host and server on one loop, until a signal."""
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be said of the options by themselves; raises UsageError."""
+    for option in ("--socket-path", "--handover", "--takeover"):
+        if _value(arguments, option) == "":
+            raise UsageError(f"{option} is empty")
+    if arguments.handover is not None:
+        UnixAddress(arguments.handover)
+    if arguments.takeover is not None:
+        for option in ("--chardev", "--device", "--socket-path", "--fd"):
+            if _value(arguments, option) not in (None, []):
+                raise UsageError(
+                    f"--takeover brings the device along as it is, with its chardevs and its VMM: no {option}"
+                )
+    elif (arguments.socket_path is None) == (arguments.fd is None):
+        raise UsageError("give either --socket-path PATH or --fd N: where is the VMM?")
 
-    def __init__(self, loop: Loop, host: Host) -> None:
+
+def _value(arguments: argparse.Namespace, option: str) -> Any:
+    return getattr(arguments, option.removeprefix("--").replace("-", "_"))
+
+
+def _take_over(loop: Loop, arguments: argparse.Namespace) -> int:
+    """Goes on with the device of the process that offers it at --takeover PATH."""
+    again = arguments.handover is not None and _same_file(arguments.handover, arguments.takeover)
+    elsewhere = None if again or arguments.handover is None else os.path.abspath(arguments.handover)
+    with Takeover(arguments.takeover) as takeover:
+        configuration = takeover.configuration()
+        daemon = _Daemon(loop, configuration.chardevs, configuration.devices)
+        daemon.take(takeover, keep_offer=again, offer_at=elsewhere)
+    return daemon.go_on()
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+class _Daemon:
+    """Host and server on one loop, until a signal. Raises UsageError."""
+
+    def __init__(self, loop: Loop, chardevs: Sequence[str], devices: Sequence[str]) -> None:
         self.loop = loop
-        self.host = host
-        self.server = Server(host.device, loop)
+        self.host = Host(loop, parse_configuration(chardevs, devices))
+        self.server = Server(self.host.device, loop)
+        self.server.on_disconnected = self._front_end_left
+        self.cargo = Cargo(self.host, self.server, chardevs, devices)
+        self.offer: Offer | None = None
         self.exit_code: int | None = None
 
     def run(self, arguments: argparse.Namespace) -> int:
-        self.server.on_disconnected = self._front_end_left
         self._obey_signals()
         try:
             self.host.open()
@@ -114,11 +161,50 @@ class _Daemon:
             self._wait_for_peers()
             if self.exit_code is None:
                 self._listen(arguments)
+                self._offer_at(arguments.handover)
                 self.loop.run()
         finally:
-            self.server.close()
-            self.host.close()
+            self._close()
         return self.exit_code or 0
+
+    def take(self, takeover: Takeover, *, keep_offer: bool, offer_at: str | None) -> None:
+        """Becomes what another process was. Its offer of the device is kept, or ends; another may be made at a path."""
+        self._offer_at(offer_at)
+        if self.offer is not None:
+            takeover.if_it_fails(self.offer.close)
+        inherited = takeover.take(self.cargo, self._handed_over)
+        self._obey_signals()
+        takeover.ready()
+        self.cargo.resume()
+        log.info("taken over; the device was paused for %.1f ms", takeover.milliseconds)
+        if keep_offer:
+            self.offer = inherited
+            self.offer.start()
+        else:
+            inherited.close()
+
+    def go_on(self) -> int:
+        """As run(), after take()."""
+        try:
+            self.loop.run()
+        finally:
+            self._close()
+        return self.exit_code or 0
+
+    def _offer_at(self, path: str | None) -> None:
+        if path is not None:
+            self.offer = Offer(path, self.loop, self.cargo, self._handed_over)
+            self.offer.listen()
+            self.offer.start()
+
+    def _handed_over(self) -> None:
+        self._stop(0)
+
+    def _close(self) -> None:
+        if self.offer is not None:
+            self.offer.close()
+        self.server.close()
+        self.host.close()
 
     def _obey_signals(self) -> None:
         for number, exit_code in _EXIT_CODES.items():

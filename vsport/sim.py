@@ -393,8 +393,12 @@ class SimulatedGuest:
 
     def _say_bytes(self, data: bytes) -> None:
         control = self._rings[QUEUE_CONTROL_TX]
-        taken = control.send(data) and control.reclaim() and not control.in_flight
-        if not taken:
+        sent = control.send(data)
+        control.reclaim()
+        if control.in_flight:  # a device that is at work has asked for no kick, and takes it soon
+            self.attachment.kick(QUEUE_CONTROL_TX)
+            control.reclaim()
+        if not sent or control.in_flight:
             raise DeviceError("R-CON-47", "the device does not take control messages", message=data.hex())
 
     def _hear(self, data: bytes) -> None:

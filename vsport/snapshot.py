@@ -9,39 +9,60 @@
                    the payload: bytes that only their owners understand
 
 A snapshot is not trusted more than a live guest: decode() checks each value and their consistency, and gives a whole
-Snapshot or raises SnapshotError. It allocates nothing by a length that the file only claims.
+Snapshot or raises DocumentError. It allocates nothing by a length that the file only claims.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from vsport.connection import State
 from vsport.constants import PORTS_MAX, QUEUE_SIZE_MAX, Feature, queue_count
 from vsport.control import Message
-from vsport.errors import GuestError, UsageError, VsportError
-from vsport.port import PortConfig
+from vsport.document import DocumentError, Fields
+from vsport.errors import GuestError, UsageError
 
-__all__ = ["MAGIC", "PortState", "QueueState", "Snapshot", "SnapshotError"]
+__all__ = ["MAGIC", "SIZE_MAX", "PortConfig", "PortState", "QueueState", "Snapshot"]
 
 MAGIC: Final = b"vsport\0\1"
 _FRAME = struct.Struct("<8sIII")
 _HEADER_MAX = 1 << 20
 _PAYLOAD_MAX = 64 << 20
+SIZE_MAX: Final = _FRAME.size + _HEADER_MAX + _PAYLOAD_MAX
+"""Bytes of the largest document."""
 _WAITING_MAX = 16 * PORTS_MAX
 _OFFSET_MAX = QUEUE_SIZE_MAX << 32
 _FEATURES = sum(int(feature) for feature in Feature)
+_NAME_BYTES_MAX = 1024
+"""A name travels in one control message, and a guest's control buffer is a page (R-GUEST-19)."""
+_BAD_IN_NAME = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]")
 
-_T = TypeVar("_T")
 
+@dataclass(frozen=True, slots=True)
+class PortConfig:
+    """What a user says about a port. Raises UsageError (R-CON-52) for a name that udev could not make a link of."""
 
-class SnapshotError(VsportError):
-    """A snapshot that cannot be used, and where in it the trouble is."""
+    id: int
+    name: str = ""
+    console: bool = False
+    cols: int = 80
+    rows: int = 25
+    rows_first: bool = False
+    """Sizes are said as Linux before 6.15 reads them, which no device can find out (R-CON-26)."""
+
+    def __post_init__(self) -> None:
+        if _BAD_IN_NAME.search(self.name) or self.name in {".", ".."}:
+            raise UsageError(f"port name {self.name!r}: udev makes a file of it: UTF-8, no '/', no control character")
+        if len(self.name.encode()) > _NAME_BYTES_MAX:
+            raise UsageError(f"port name {self.name[:20]!r}...: longer than {_NAME_BYTES_MAX} bytes")
+        for word, value in (("cols", self.cols), ("rows", self.rows)):
+            if not 0 <= value <= 0xFFFF:
+                raise UsageError(f"port {self.id}: {word}={value} is not in 0 to 65535")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +82,10 @@ class PortState:
     config: PortConfig
     state: State
     added: bool
+    stale: bool = False
+    """Whether the transmit ring has what was meant for a host that left while the ring stood still."""
     session: int = 0
-    """The number of its host's session: another number after the move is another session."""
+    """How many sessions its hosts have had: the number of the present one, or of the last."""
     back_end: bytes = b""
     """What its back end wanted to be kept, in the back end's own words."""
 
@@ -105,13 +128,9 @@ class Snapshot:
 
     @classmethod
     def decode(cls, data: bytes) -> Snapshot:
-        """Reads a document; raises SnapshotError if it is truncated, inconsistent or not one of ours."""
+        """Reads a document; raises DocumentError if it is truncated, inconsistent or not one of ours."""
         header, payload = _unframe(data)
-        try:
-            fields = _Fields("snapshot", json.loads(header))
-        except (ValueError, RecursionError) as exc:
-            raise SnapshotError(f"snapshot: its header is no JSON: {exc}") from None
-        snapshot = _read_snapshot(fields, _Payload(payload))
+        snapshot = _read_snapshot(Fields.parse("snapshot", header), _Payload(payload))
         _check_consistency(snapshot)
         return snapshot
 
@@ -132,6 +151,7 @@ def _port_as_dict(port: PortState) -> dict[str, Any]:
         "device_ready": port.state.device_ready,
         "guest_connected": port.state.guest_connected,
         "added": port.added,
+        "stale": port.stale,
         "session": port.session,
         "back_end_bytes": len(port.back_end),
     }
@@ -142,19 +162,19 @@ def _port_as_dict(port: PortState) -> dict[str, Any]:
 
 def _unframe(data: bytes) -> tuple[bytes, bytes]:
     if len(data) < _FRAME.size or data[:6] != MAGIC[:6]:
-        raise SnapshotError("not a vsport snapshot: it does not begin like one")
+        raise DocumentError("not a vsport snapshot: it does not begin like one")
     magic, header_size, payload_size, checksum = _FRAME.unpack_from(data)
     if magic != MAGIC:
-        raise SnapshotError(f"snapshot: format {magic[7]} is not known here; this vsport reads format {MAGIC[7]}")
+        raise DocumentError(f"snapshot: format {magic[7]} is not known here; this vsport reads format {MAGIC[7]}")
     if header_size > _HEADER_MAX or payload_size > _PAYLOAD_MAX:
-        raise SnapshotError(f"snapshot: lengths beyond reason: header {header_size}, payload {payload_size}")
+        raise DocumentError(f"snapshot: lengths beyond reason: header {header_size}, payload {payload_size}")
     body = data[_FRAME.size :]
     if len(body) != header_size + payload_size:
-        raise SnapshotError(
+        raise DocumentError(
             f"snapshot: {len(body)} bytes where {header_size + payload_size} belong: cut short or longer"
         )
     if zlib.crc32(body) != checksum:
-        raise SnapshotError("snapshot: its checksum is wrong: it was changed on its way")
+        raise DocumentError("snapshot: its checksum is wrong: it was changed on its way")
     return body[:header_size], body[header_size:]
 
 
@@ -167,57 +187,16 @@ class _Payload:
 
     def take(self, size: int) -> bytes:
         if size > len(self._data) - self._at:
-            raise SnapshotError("snapshot: the payload is shorter than the ports say")
+            raise DocumentError("snapshot: the payload is shorter than the ports say")
         self._at += size
         return self._data[self._at - size : self._at]
 
     def end(self) -> None:
         if self._at != len(self._data):
-            raise SnapshotError("snapshot: the payload is longer than the ports say")
+            raise DocumentError("snapshot: the payload is longer than the ports say")
 
 
-class _Fields:
-    """An object of the header: each field is taken once, by type and range, and none may be left over."""
-
-    def __init__(self, where: str, value: object) -> None:
-        if not isinstance(value, dict):
-            raise SnapshotError(f"{where}: an object belongs here")
-        self._where = where
-        self._left: dict[str, Any] = dict(value)
-
-    def _take(self, name: str, kind: type[_T]) -> _T:
-        if name not in self._left:
-            raise SnapshotError(f"{self._where}: {name} is missing")
-        value = self._left.pop(name)
-        if type(value) is not kind:  # a bool is an int to isinstance(), and not here
-            raise SnapshotError(f"{self._where}: {name} is {type(value).__name__}, not {kind.__name__}")
-        return value
-
-    def integer(self, name: str, low: int, high: int) -> int:
-        value = self._take(name, int)
-        if not low <= value <= high:
-            raise SnapshotError(f"{self._where}: {name} is not in {low} to {high}")
-        return value
-
-    def boolean(self, name: str) -> bool:
-        return self._take(name, bool)
-
-    def text(self, name: str) -> str:
-        return self._take(name, str)
-
-    def each(self, name: str, most: int, read: Callable[[str, object], _T]) -> tuple[_T, ...]:
-        """A list of at most ``most`` things, each read by ``read(where, value)``."""
-        values = self._take(name, list)
-        if len(values) > most:
-            raise SnapshotError(f"{self._where}: {name} has {len(values)} entries, more than {most}")
-        return tuple(read(f"{self._where}.{name}[{at}]", value) for at, value in enumerate(values))
-
-    def end(self) -> None:
-        if self._left:
-            raise SnapshotError(f"{self._where}: {', '.join(sorted(self._left)[:3])} is not known")
-
-
-def _read_snapshot(fields: _Fields, payload: _Payload) -> Snapshot:
+def _read_snapshot(fields: Fields, payload: _Payload) -> Snapshot:
     max_ports = fields.integer("max_ports", 1, PORTS_MAX)
     snapshot = Snapshot(
         max_ports=max_ports,
@@ -235,7 +214,7 @@ def _read_snapshot(fields: _Fields, payload: _Payload) -> Snapshot:
 
 
 def _read_queue(where: str, value: object) -> QueueState:
-    fields = _Fields(where, value)
+    fields = Fields(where, value)
     queue = QueueState(
         index=fields.integer("index", 0, queue_count(PORTS_MAX) - 1),
         size=fields.integer("size", 1, QUEUE_SIZE_MAX),
@@ -244,12 +223,12 @@ def _read_queue(where: str, value: object) -> QueueState:
     )
     fields.end()
     if queue.size & (queue.size - 1):
-        raise SnapshotError(f"{where}: size {queue.size} is no power of two (R-RING-01)")
+        raise DocumentError(f"{where}: size {queue.size} is no power of two (R-RING-01)")
     return queue
 
 
 def _read_port(where: str, value: object, payload: _Payload) -> PortState:
-    fields = _Fields(where, value)
+    fields = Fields(where, value)
     try:
         config = PortConfig(
             id=fields.integer("id", 0, PORTS_MAX - 1),
@@ -260,12 +239,13 @@ def _read_port(where: str, value: object, payload: _Payload) -> PortState:
             rows_first=fields.boolean("rows_first"),
         )
     except UsageError as exc:
-        raise SnapshotError(f"{where}: {exc}") from None
+        raise DocumentError(f"{where}: {exc}") from None
     bits = tuple(fields.boolean(name) for name in ("host_connected", "device_ready", "guest_connected"))
     port = PortState(
         config=config,
         state=_state(where, bits),
         added=fields.boolean("added"),
+        stale=fields.boolean("stale"),
         session=fields.integer("session", 0, 2**63 - 1),
         back_end=payload.take(fields.integer("back_end_bytes", 0, _PAYLOAD_MAX)),
     )
@@ -277,7 +257,7 @@ def _state(where: str, bits: tuple[bool, ...]) -> State:
     try:
         return State(bits)
     except ValueError:
-        raise SnapshotError(f"{where}: a port that is not ready cannot be open in the guest") from None
+        raise DocumentError(f"{where}: a port that is not ready cannot be open in the guest") from None
 
 
 def _read_message(where: str, value: object) -> Message:
@@ -286,7 +266,7 @@ def _read_message(where: str, value: object) -> Message:
             raise ValueError("text belongs here")
         return Message.decode(bytes.fromhex(value))
     except (ValueError, GuestError) as exc:
-        raise SnapshotError(f"{where}: no control message: {exc}") from None
+        raise DocumentError(f"{where}: no control message: {exc}") from None
 
 
 def _check_consistency(snapshot: Snapshot) -> None:
@@ -296,16 +276,17 @@ def _check_consistency(snapshot: Snapshot) -> None:
     _check_unique("port", [port.config.id for port in snapshot.ports], below=snapshot.max_ports)
     names = [port.config.name for port in snapshot.ports if port.config.name]
     if len(set(names)) != len(names):
-        raise SnapshotError("snapshot: two ports have one name")
+        raise DocumentError("snapshot: two ports have one name")
     if snapshot.features & ~_FEATURES:
-        raise SnapshotError(f"snapshot: features {snapshot.features:#x} are not all known")
+        raise DocumentError(f"snapshot: features {snapshot.features:#x} are not all known")
     for port in snapshot.ports:
-        if port.state.device_ready and not port.added:
-            raise SnapshotError(f"snapshot: port {port.config.id} is ready, and the driver was never told of it")
+        multiport = snapshot.features & Feature.MULTIPORT
+        if multiport and port.state.device_ready and not port.added:
+            raise DocumentError(f"snapshot: port {port.config.id} is ready, and the driver was never told of it")
 
 
 def _check_unique(what: str, numbers: list[int], *, below: int) -> None:
     if len(set(numbers)) != len(numbers):
-        raise SnapshotError(f"snapshot: a {what} is there twice")
+        raise DocumentError(f"snapshot: a {what} is there twice")
     if any(number >= below for number in numbers):
-        raise SnapshotError(f"snapshot: {what} {max(numbers)} is beyond what max_ports allows")
+        raise DocumentError(f"snapshot: {what} {max(numbers)} is beyond what max_ports allows")

@@ -4,17 +4,23 @@ import contextlib
 import gzip
 import json
 import os
+import random
 import socket
 import subprocess
 import time
 
 import pytest
-from qemu_files import RECORDED, cut_out, recorded
+from qemu_files import RECORDED, GuestRam, Target, block_of_ram, cut_out, recorded
 
+from vsport.connection import Cause, OnRestore, State
+from vsport.constants import QUEUE_CONTROL_RX, Event, tx_queue
+from vsport.control import Message
+from vsport.document import DocumentError
 from vsport.inspect import FileImage, describe
 from vsport.lab.run import Guest, tied_to_us
 from vsport.lab.tree import Tree
 from vsport.qemu_device import Status
+from vsport.qemu_restore import from_qemu
 from vsport.qemu_stream import BytesImage, read_stream
 
 pytestmark = pytest.mark.lab
@@ -91,19 +97,21 @@ HOLD = (
     "import os, sys, time; os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK); print('open', flush=True); time.sleep(9999)"
 )
 FILL = """
-import os, select, sys, time
-fd, written = os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK), 0
+import os, random, select, sys, time
+fd, size, written = os.open(sys.argv[1], os.O_RDWR | os.O_NONBLOCK), int(sys.argv[2]), 0
 ready = select.poll()
 ready.register(fd, select.POLLOUT)
+text = random.Random(1).randbytes(5_000_000)
 while any(event & select.POLLOUT for _, event in ready.poll(500)):
     try:
-        written += os.write(fd, b"x" * int(sys.argv[2]))
+        written += os.write(fd, text[written : written + size])
     except BlockingIOError:
         pass
 print(written, flush=True)
 time.sleep(9999)
 """
-"""Writes until the port has taken nothing for half a second."""
+"""Writes FILLING until the port has taken nothing for half a second."""
+FILLING = random.Random(1).randbytes(5_000_000)
 
 
 class Moved:
@@ -120,12 +128,13 @@ class Moved:
             client.connect(str(directory / name))
         for name in ("open", "alone"):
             self._start(guest, HOLD, name)
-        for name in self.pipes:
-            assert int(self._start(guest, FILL, name, WRITE)) > 100 * WRITE, "the port took what it has buffers for"
+        self.written = {name: int(self._start(guest, FILL, name, WRITE)) for name in self.pipes}
+        for written in self.written.values():
+            assert 100 * WRITE < written < len(FILLING) - WRITE, "the port took what it has buffers for"
         with contextlib.closing(Qmp(directory / "qmp")) as qmp:
             qmp.migrate(f"file:{path}")
         # One look at each: QEMU writes on into a pipe that has room, even for a machine that is stopped.
-        self.taken = {name: len(os.read(fd, 1 << 20)) % WRITE for name, fd in self.pipes.items()}
+        self.received = {name: os.read(fd, 1 << 20) for name, fd in self.pipes.items()}
 
     def _pipe(self, name):
         """Where a chardev of kind `pipe` writes to. Nobody reads."""
@@ -203,7 +212,7 @@ def test_half_consumed_chains_go_on_where_the_host_stopped(moved):
     devices = read_file(moved.path).devices
     for device, id, name in (devices[0], HALF, "half"), (devices[1], PACKED_HALF, "packed-half"):
         element = next(port.element for port in device.ports if port.id == id)
-        assert (element.bytes_total, element.bytes_taken) == (WRITE, moved.taken[name])
+        assert (element.bytes_total, element.bytes_taken) == (WRITE, len(moved.received[name]) % WRITE)
         assert 0 < element.bytes_taken < WRITE
         assert element.resumes_at == element.segments[0].gpa + element.bytes_taken
         queue = device.queues[2 * id + 3]
@@ -240,6 +249,71 @@ def placeless(device):
     return {key: value for key, value in device.as_dict().items() if key != "offset"}
 
 
+# -- a device that goes on ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ram(moved):
+    """The guest's memory as the file has it, for one test to write to."""
+    return GuestRam(block_of_ram(moved.path, "pc.ram"))
+
+
+def told(ram, queue):
+    """The control messages that the guest has been given, read as its driver would (R-GUEST-19)."""
+    buffers = [(ram.memory.read(queue.desc + 16 * head, 8), length) for head, length in ram.returned(queue)]
+    return [Message.decode(ram.memory.read(int.from_bytes(gpa, "little"), length)) for gpa, length in buffers]
+
+
+def test_the_host_gets_exactly_the_bytes_that_were_missing(moved, ram):
+    """R-MIG-18, R-MIG-20, R-MIG-21, R-MIG-24: file, memory, rings, host, and no byte lost or sent twice."""
+    stream = read_file(moved.path)
+    saved = stream.devices[0]
+    target = Target(saved, hosts=[OPEN, CLOSED, HALF], on_restore=OnRestore.RESUME)
+    queues = target.restore(stream, saved, ram).queues
+    begin, end = len(moved.received["half"]), moved.written["half"]
+    assert moved.received["half"] == FILLING[:begin]
+    assert target.takers[HALF].received == FILLING[begin:end]
+    assert len(ram.returned(queues[tx_queue(HALF)])) == -(-end // WRITE) - begin // WRITE
+    assert target.states() == {OPEN: State.A, CLOSED: State.C, HALF: State.A, ALONE: State.D, NOBODY: State.B}
+    opened = {id for id, taker in target.takers.items() if (True, Cause.RESTORE) in taker.heard}
+    assert opened == {OPEN, HALF, ALONE}
+    assert told(ram, queues[QUEUE_CONTROL_RX]) == []
+
+
+def test_the_guest_is_told_in_its_own_memory_that_its_hosts_stayed_behind(moved, ram):
+    """R-MIG-20."""
+    stream = read_file(moved.path)
+    saved = stream.devices[0]
+    target = Target(saved, hosts=[HALF, NOBODY])
+    queues = target.restore(stream, saved, ram).queues
+    assert target.states() == {OPEN: State.D, CLOSED: State.B, HALF: State.A, ALONE: State.D, NOBODY: State.C}
+    heard = told(ram, queues[QUEUE_CONTROL_RX])
+    for id, values in {OPEN: [0], CLOSED: [0], HALF: [0, 1], ALONE: [], NOBODY: [1]}.items():
+        assert [message for message in heard if message.port == id] == [
+            Message(id, Event.PORT_OPEN, value) for value in values
+        ]
+    assert target.takers[HALF].received == b""
+    left = moved.written["half"] - len(moved.received["half"])
+    assert target.device.ports[HALF].counters.bytes_discarded == left
+
+
+def test_packed_rings_are_refused(moved):
+    stream = read_file(moved.path)
+    with pytest.raises(DocumentError, match="packed=off"):
+        from_qemu(stream, {}, idstr=stream.devices[1].idstr)
+
+
+def test_memory_of_another_guest_is_refused(moved, ram):
+    """R-MIG-18."""
+    stream = read_file(moved.path)
+    saved = stream.devices[0]
+    ram.memory.write(saved.queues[QUEUE_CONTROL_RX].used + 2, b"\x55\x55")
+    target = Target(saved)
+    with pytest.raises(DocumentError, match=r"queue 2: .* not the memory of that guest"):
+        target.restore(stream, saved, ram)
+    assert set(target.states().values()) == {State.B_UNREADY}
+
+
 # -- machines that have not been started: no kernel, a few MiB ---------------------------------------------------------
 
 
@@ -268,6 +342,14 @@ def migrated(lab_tree, short_path, tmp_path, running):
     return start
 
 
+def restored(stream):
+    """The ports' states in a device for each one of the file, whose hosts are not there."""
+    targets = [Target(saved) for saved in stream.devices]
+    for target, saved in zip(targets, stream.devices, strict=True):
+        target.restore(stream, saved)
+    return [target.states() for target in targets]
+
+
 @pytest.mark.parametrize("legacy", [True, False])
 def test_virtio_mmio(migrated, legacy):
     """R-MIG-12."""
@@ -277,18 +359,23 @@ def test_virtio_mmio(migrated, legacy):
     assert (stream.machine, stream.consistent, device.bus.kind) == ("microvm", True, "mmio")
     assert (device.max_ports, bits(device)) == (2, {1: (False, True, False)})
     assert device.findings == ()
+    assert restored(stream) == [{1: State.B_UNREADY}]
 
 
 def test_no_message_signalled_interrupts_and_no_modern_interface(migrated):
-    (device,) = migrated("pc", "-device", "virtio-serial-pci,disable-modern=on,vectors=0").devices
+    stream = migrated("pc", "-device", "virtio-serial-pci,disable-modern=on,vectors=0")
+    (device,) = stream.devices
     assert (device.bus.msix_vectors, device.bus.config_vector, device.queues[0].vector) == (0, None, None)
     assert device.findings == ()
+    assert restored(stream) == [{1: State.B_UNREADY}]
 
 
 def test_exec_writes_the_same(migrated):
     """R-MIG-07."""
     stream = migrated("pc", "-device", "virtio-serial-pci,max_ports=511", exec_cat=True)
     assert (stream.described, stream.consistent, stream.devices[0].max_ports) == (True, True, 511)
+    with pytest.raises(DocumentError, match="max_ports=511, and 127 are possible here"):
+        from_qemu(stream, {})
 
 
 def test_without_a_description(migrated):
@@ -297,6 +384,7 @@ def test_without_a_description(migrated):
     assert (stream.described, stream.consistent) == (False, True)
     assert [finding.rule for finding in stream.findings] == ["R-MIG-05"]
     assert [len(device.ports) for device in stream.devices] == [0, 1]  # The bus that came last got the port.
+    assert restored(stream) == [{}, {1: State.B_UNREADY}]
 
 
 @pytest.mark.parametrize("description", ["on", "off"])
@@ -308,6 +396,11 @@ def test_without_footers(migrated, description):
     assert stream.described == stream.consistent == (description == "on")
     assert [finding.rule for finding in device.findings] == ["R-MIG-03"]
     assert bits(device) == {1: (False, True, False)}
+    if stream.consistent:
+        assert restored(stream) == [{1: State.B_UNREADY}]
+    else:
+        with pytest.raises(DocumentError, match="without a description nothing says that it is whole"):
+            restored(stream)
 
 
 @pytest.mark.parametrize("capability", ["mapped-ram", "multifd", "x-ignore-shared"])
@@ -318,6 +411,7 @@ def test_other_layouts_of_ram(migrated, capability):
     assert (stream.machine[:3], stream.described, stream.consistent) == ("pc-", True, True)
     assert set(capabilities) >= set(stream.capabilities)
     assert bits(stream.devices[0]) == {1: (False, True, False)}
+    assert restored(stream) == [{1: State.B_UNREADY}]
 
 
 def test_a_machine_without_the_device(migrated):

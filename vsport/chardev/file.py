@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, LogFile, open_file
+from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, Ends, LogFile, open_file
+from vsport.document import DocumentError, Fields
 from vsport.option_table import Option, on_off, text
+from vsport.parcel import Delivery, Parcel
 
 __all__ = ["File"]
 
@@ -27,6 +29,8 @@ class File(AlwaysConnected):
         **COMMON_OPTIONS,
     }
     eof_ends_session = False
+    KEPT: ClassVar[Mapping[str, int]] = {"input": os.O_RDONLY}
+    PASSING = os.O_WRONLY
 
     def __init__(
         self,
@@ -41,17 +45,26 @@ class File(AlwaysConnected):
         self.path = path
         self.append = append
         self.input_path = input_path
-        self._input = -1
         self._written = False
 
     def _start(self) -> None:
-        if self.input_path is not None and self._input < 0:
-            self._input = self._keep(open_file(self.input_path, os.O_RDONLY, "input file"))
+        if self.input_path is not None and self._held("input") < 0:
+            self._keep("input", open_file(self.input_path, os.O_RDONLY, "input file"))
         keep = os.O_APPEND if self.append or self._written else os.O_TRUNC
         output = open_file(self.path, os.O_WRONLY | os.O_CREAT | keep, "file")
         self._written = True
-        self._connected(self._input, output)
+        self._connected(output)
+
+    def _ends(self) -> Ends:
+        return self._held("input"), self._passing
 
     def _stop(self) -> None:
         self._written = False
-        self._input = -1
+
+    def _give(self, parcel: Parcel) -> dict[str, Any]:
+        return {"written": self._written}
+
+    def _take(self, state: Fields, delivery: Delivery) -> None:
+        self._written = state.boolean("written")
+        if (self._held("input") < 0) is not (self.input_path is None):
+            raise DocumentError(f"{state.where}: input-path= and the descriptor for it belong together")

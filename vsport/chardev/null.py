@@ -14,6 +14,7 @@ class Null(AlwaysConnected):
 
     kind = "null"
     summary = "takes everything and has nothing"
+    PASSING = os.O_WRONLY
 
     def _start(self) -> None:
-        self._connected(-1, open_file(os.devnull, os.O_WRONLY, "the null device"))
+        self._connected(open_file(os.devnull, os.O_WRONLY, "the null device"))

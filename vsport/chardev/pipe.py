@@ -9,10 +9,12 @@ import stat
 from collections.abc import Mapping
 from typing import ClassVar
 
-from vsport.chardev.base import COMMON_OPTIONS, Chardev, LogFile, open_file
+from vsport.chardev.base import COMMON_OPTIONS, Chardev, Ends, LogFile, open_file
 from vsport.chardev.inotify import OpenWatch
+from vsport.document import DocumentError, Fields
 from vsport.errors import HostError
 from vsport.option_table import Option, text
+from vsport.parcel import Delivery
 
 __all__ = ["Pipe"]
 
@@ -38,19 +40,20 @@ class Pipe(Chardev):
         **COMMON_OPTIONS,
     }
     eof_ends_session = False
+    KEPT: ClassVar[Mapping[str, int]] = {"input": os.O_RDWR, "output": os.O_WRONLY}
+    """The writing end of PATH.out is kept while there is no session."""
+    PASSING = os.O_WRONLY
 
     def __init__(self, id: str, *, path: str, log: LogFile | None = None) -> None:
         super().__init__(id, log=log)
         self.path = path
         self._out_path = ""
-        self._input = -1
-        self._output = -1  # the writing end, while there is no session
         self._opens: OpenWatch | None = None
 
     def _start(self) -> None:
         in_path, self._out_path = self._find()
         if in_path is not None:
-            self._input = self._keep(open_file(in_path, os.O_RDWR, "FIFO"))
+            self._keep("input", open_file(in_path, os.O_RDWR, "FIFO"))
         self._offer()
 
     def _find(self) -> tuple[str | None, str]:
@@ -70,30 +73,27 @@ class Pipe(Chardev):
             raise HostError(f"{self._out_path} is no FIFO any more")
         reader = open_file(self._out_path, os.O_RDWR, "FIFO")
         try:
-            self._output = self._keep(open_file(self._out_path, os.O_WRONLY, "FIFO"))
+            self._keep("output", open_file(self._out_path, os.O_WRONLY, "FIFO"))
         finally:
             os.close(reader)
         self._opens = OpenWatch(self.loop, self._out_path, self._look)
         self._look()
 
     def _look(self) -> None:
-        if not _has_reader(self._output):
-            return
-        self._stop_looking()
-        output, self._output = self._output, -1
-        self._kept.remove(output)
-        self._connected(self._input, output)
+        if self._opens is not None and _has_reader(self._held("output")):
+            self._stop_looking()
+            self._connected(self._kept.pop("output"))
 
-    def _hang_up(self) -> None:
-        if self.read_fd >= 0:
-            self._drain()
-        super()._hang_up()
+    def _ends(self) -> Ends:
+        return self._held("input"), self._passing
 
-    def _drain(self) -> None:
+    def _wipe(self) -> None:
         """Drops what was written to PATH.in for the session that is over."""
+        if self.read_fd < 0:
+            return
         with contextlib.suppress(BlockingIOError):
             for _ in range(16):  # a pipe holds at most 1 MiB, unless its writer goes on meanwhile
-                os.read(self._input, 1 << 16)
+                os.read(self.read_fd, 1 << 16)
 
     def _rearm(self) -> None:
         self._later(_REST_SECONDS, self._offer_again)
@@ -111,7 +111,21 @@ class Pipe(Chardev):
 
     def _stop(self) -> None:
         self._stop_looking()
-        self._input = self._output = -1
+
+    def _take(self, state: Fields, delivery: Delivery) -> None:
+        for fd in {*self._kept.values(), self._passing} - {-1}:
+            if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+                raise DocumentError(f"{state.where}: a descriptor is no FIFO's")
+        if self.connected and self._held("output") >= 0:
+            raise DocumentError(f"{state.where}: output is kept only while there is no session")
+        self._out_path = self.path if self._held("input") < 0 else f"{self.path}.out"
+
+    def _resume(self) -> None:
+        if self._held("output") < 0:  # it was about to be opened again
+            self._rearm()
+        else:
+            self._opens = OpenWatch(self.loop, self._out_path, self._look)
+            self._later(0, self._look)  # somebody may have come when nobody looked
 
 
 def _is_fifo(path: str) -> bool:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import termios
 import tty
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vsport.chardev.base import COMMON_OPTIONS, Chardev, LogFile
+from vsport.chardev.base import COMMON_OPTIONS, Chardev, Ends, LogFile
 from vsport.chardev.inotify import OpenWatch
+from vsport.document import DocumentError, Fields
 from vsport.errors import HostError
 from vsport.option_table import Option, text
+from vsport.parcel import Delivery, Parcel
 
 __all__ = ["Pty"]
+
+_libc = ctypes.CDLL(None)
 
 
 class Pty(Chardev):
@@ -31,18 +36,22 @@ class Pty(Chardev):
         "path": Option(text, None, "a symbolic link to make to the terminal, which has another name each time"),
         **COMMON_OPTIONS,
     }
+    KEPT: ClassVar[Mapping[str, int]] = {"master": os.O_RDWR}
 
     def __init__(self, id: str, *, path: str | None = None, log: LogFile | None = None) -> None:
         super().__init__(id, log=log)
         self.link = path
         self.terminal = ""
         """The path of the terminal, while open."""
-        self._master = -1
         self._linked = False
         self._opens: OpenWatch | None = None
 
     def describe(self) -> str:
         return f"pty:{self.terminal}" if self.terminal else "pty"
+
+    @property
+    def _master(self) -> int:
+        return self._held("master")
 
     def _start(self) -> None:
         self._make_terminal()
@@ -55,7 +64,7 @@ class Pty(Chardev):
             master, slave = os.openpty()
         except OSError as exc:
             raise HostError(f"cannot make a pty: {exc.strerror}; is /dev/pts mounted?") from exc
-        self._master = self._keep(master)
+        self._keep("master", master)
         self.terminal = os.ttyname(slave)
         os.close(slave)
         os.set_blocking(self._master, False)
@@ -75,12 +84,13 @@ class Pty(Chardev):
     def _look(self) -> None:
         """Connects if the terminal is open, or was for so short a time that only its bytes are left."""
         if not self.connected and self._master >= 0 and _readiness(self._master) != select.POLLHUP:
-            self._connected(self._master, self._master)
+            self._connected()
 
-    def _hang_up(self) -> None:
-        if self.read_fd >= 0:
-            self._clean()
-        super()._hang_up()
+    def _ends(self) -> Ends:
+        return self._master, self._master
+
+    def _wipe(self) -> None:
+        self._clean()
 
     def _clean(self) -> None:
         """Makes the terminal raw and empty: neither bytes nor modes of one session reach the next one.
@@ -94,15 +104,33 @@ class Pty(Chardev):
     def _rearm(self) -> None:
         self._later(0, self._look)  # somebody may have opened it again, and that event is over
 
-    def _stop(self) -> None:
-        if self._opens is not None:
-            self._opens.close()
-            self._opens = None
+    def _put_back(self) -> None:
         if self._linked and self.link is not None:
             with contextlib.suppress(OSError):
                 if os.readlink(self.link) == self.terminal:
                     os.unlink(self.link)
-        self._master, self._linked, self.terminal = -1, False, ""
+
+    def _stop(self) -> None:
+        if self._opens is not None:
+            self._opens.close()
+            self._opens = None
+        self._linked, self.terminal = False, ""
+
+    def _give(self, parcel: Parcel) -> dict[str, Any]:
+        return {"linked": self._linked}
+
+    def _take(self, state: Fields, delivery: Delivery) -> None:
+        self.terminal = _terminal_of(self._master)
+        self._linked = state.boolean("linked")
+        if not self.terminal:
+            raise DocumentError(f"{state.where}: master is no pty's")
+        self._opens = OpenWatch(self.loop, self.terminal, self._look)
+
+
+def _terminal_of(master: int) -> str:
+    """The path of the terminal that belongs to ``master``, or nothing if that is no pty's."""
+    path = ctypes.create_string_buffer(128)
+    return "" if _libc.ptsname_r(master, path, ctypes.c_size_t(len(path))) else os.fsdecode(path.value)
 
 
 def _is_stale(link: str, terminal: str) -> bool:

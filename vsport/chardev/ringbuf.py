@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import ClassVar
 
 from vsport.chardev.base import COMMON_OPTIONS, AlwaysConnected, LogFile
+from vsport.document import DocumentError, Fields
 from vsport.errors import UsageError
 from vsport.option_table import Option, size
+from vsport.parcel import Delivery
 
 __all__ = ["RingBuf"]
 
 DEFAULT_SIZE = 64 << 10
 MAX_SIZE = 1 << 30
+SAVED_MAX = 16 << 20
+"""Of a larger one, so much of the newest bytes moves along with the device."""
+_SAVED = struct.Struct("<Q")  # the bytes overwritten so far; what can be read follows
 
 
 class RingBuf(AlwaysConnected):
@@ -37,13 +43,20 @@ class RingBuf(AlwaysConnected):
 
     def _start(self) -> None:
         if not self._buffer:
-            self._buffer = bytearray(self.size)
-            self._produced = self._consumed = self.overwritten = 0
-        self._connected(-1, -1)
+            self._allocate()
+        self._connected()
+
+    def _allocate(self) -> None:
+        self._buffer = bytearray(self.size)
+        self._produced = self._consumed = self.overwritten = 0
 
     def _stop(self) -> None:
         self._buffer = bytearray()
         self._consumed = self._produced
+
+    def _take(self, state: Fields, delivery: Delivery) -> None:
+        """What it holds comes by load()."""
+        self._allocate()
 
     def __len__(self) -> int:
         """How many bytes can be read."""
@@ -70,7 +83,31 @@ class RingBuf(AlwaysConnected):
 
     def read(self, limit: int) -> bytes:
         """Takes the oldest bytes, at most ``limit`` of them; there may be none."""
-        at = self._consumed & (self.size - 1)
-        count = min(limit, len(self))
-        self._consumed += count
+        data = self._peek(self._consumed, min(limit, len(self)))
+        self._consumed += len(data)
+        return data
+
+    def _peek(self, start: int, count: int) -> bytes:
+        """``count`` bytes from byte number ``start`` on, which are there."""
+        at = start & (self.size - 1)
         return bytes(self._buffer[at : at + count] + self._buffer[: max(0, at + count - self.size)])
+
+    def save(self) -> bytes:
+        count = min(len(self), SAVED_MAX)
+        return _SAVED.pack(self.overwritten + len(self) - count) + self._peek(self._produced - count, count)
+
+    def check(self, state: bytes) -> None:
+        if state and not _SAVED.size <= len(state) <= _SAVED.size + SAVED_MAX:
+            raise DocumentError(f"chardev {self.id}: this is not what a ringbuf saved: it has {len(state)} bytes")
+        if state and _SAVED.unpack_from(state)[0] >= 2**63:
+            raise DocumentError(f"chardev {self.id}: this is not what a ringbuf saved: it lost more than there can be")
+
+    def load(self, state: bytes) -> None:
+        """Content that is larger than this ring loses its oldest bytes, as if it had been written here."""
+        saved = memoryview(state or _SAVED.pack(0))
+        content = saved[_SAVED.size :]
+        newest = content[-self.size :]
+        (overwritten,) = _SAVED.unpack_from(saved)
+        self._buffer[: len(newest)] = newest
+        self._produced, self._consumed = len(newest), 0
+        self.overwritten = overwritten + len(content) - len(newest)

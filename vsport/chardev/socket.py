@@ -7,13 +7,15 @@ import os
 import socket
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from vsport.addresses import Target, TcpAddress, UnixAddress, endpoint
-from vsport.chardev.base import COMMON_OPTIONS, Chardev, LogFile
+from vsport.addresses import Target, TcpAddress, UnixAddress, endpoint, stream_socket
+from vsport.chardev.base import COMMON_OPTIONS, Chardev, Ends, LogFile
+from vsport.document import DocumentError, Fields
 from vsport.errors import HostError, UsageError
 from vsport.loop import READ, WRITE, Loop, Timer
 from vsport.option_table import Option, integer, on_off, text
+from vsport.parcel import Delivery, Parcel
 
 __all__ = ["Socket"]
 
@@ -65,9 +67,19 @@ class _Listener:
         self._pause()
         for sock in self._socks:
             sock.close()
-        if self._socks:
-            self._address.forget()
         self._socks = []
+
+    def give(self, parcel: Parcel) -> dict[str, Any]:
+        return self._address.give(self._socks, parcel)
+
+    def take(self, state: Fields, delivery: Delivery) -> None:
+        """Raises DocumentError. The next client is accepted after rearm()."""
+        self._socks = self._address.take(state, delivery)
+        if not self._socks:
+            raise DocumentError(f"{state.where}: no socket listens")
+
+    def resume(self) -> None:
+        self.rearm()
 
 
 class _Connector:
@@ -153,6 +165,22 @@ class _Connector:
             self._pending.close()
             self._pending = None
 
+    def give(self, parcel: Parcel) -> dict[str, Any]:
+        """A connect that is under way is not given: it begins anew."""
+        return self._address.give([], parcel)
+
+    def take(self, state: Fields, delivery: Delivery) -> None:
+        """Raises DocumentError."""
+        listeners = self._address.take(state, delivery)
+        for sock in listeners:
+            sock.close()
+        if listeners:
+            raise DocumentError(f"{state.where}: a client does not listen")
+
+    def resume(self) -> None:
+        if self._retry:
+            self._timer = self._loop.call_later(0, self._begin)
+
 
 def _is_connected_to_itself(sock: socket.socket) -> bool:
     """TCP lets a client meet itself if it gets the very port that it calls, as a patient one on this host will."""
@@ -186,6 +214,7 @@ class Socket(Chardev):
         "reconnect": Option(integer, None, "client: the same in seconds"),
         **COMMON_OPTIONS,
     }
+    PASSING = os.O_RDWR
 
     def __init__(
         self,
@@ -263,11 +292,13 @@ class Socket(Chardev):
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _make_side(self) -> _Listener | _Connector:
         if self.server:
-            self._side = _Listener(self.loop, self._address, self._adopt)
-        else:
-            self._side = _Connector(self.loop, self._address, self._adopt, self._retry)
+            return _Listener(self.loop, self._address, self._adopt)
+        return _Connector(self.loop, self._address, self._adopt, self._retry)
+
+    def _start(self) -> None:
+        self._side = self._make_side()
         self._side.start()
 
     def _adopt(self, connection: socket.socket) -> None:
@@ -275,17 +306,45 @@ class Socket(Chardev):
         if isinstance(self._address, TcpAddress):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, self.nodelay)
             self._session = _session(connection, self.server)
-        fd = connection.detach()
-        self._connected(fd, fd)
+        self._connected(connection.detach())
+
+    def _ends(self) -> Ends:
+        return self._passing, self._passing
 
     def _rearm(self) -> None:
         if self._side is not None:
             self._side.rearm()
 
+    def _put_back(self) -> None:
+        self._address.forget()
+
     def _stop(self) -> None:
         if self._side is not None:
             self._side.stop()
             self._side = None
+        self._address.disown()
+
+    def _give(self, parcel: Parcel) -> dict[str, Any]:
+        assert self._side is not None
+        return {"address": self._side.give(parcel)}
+
+    def _take(self, state: Fields, delivery: Delivery) -> None:
+        self._side = self._make_side()
+        self._side.take(state.object("address"), delivery)
+        if self.connected:
+            self._check_session(state.where)
+
+    def _check_session(self, where: str) -> None:
+        families = {socket.AF_UNIX} if isinstance(self._address, UnixAddress) else {socket.AF_INET, socket.AF_INET6}
+        fd, self._passing = self._passing, -1
+        connection = stream_socket(where, fd, families, listening=False)
+        if isinstance(self._address, TcpAddress):
+            self._session = _session(connection, self.server)
+        self._passing = connection.detach()
+
+    def _resume(self) -> None:
+        if self._side is not None:
+            self._side.resume()
 
     def describe(self) -> str:
         if self.connected and self._session:

@@ -17,12 +17,17 @@ from vsport.errors import FrontEndError
 __all__ = [
     "FDS_MAX",
     "HEADER_SIZE",
+    "NO_FD",
     "PAYLOAD_MAX",
     "REQUESTS",
     "UNKNOWN",
     "BackEndRequest",
     "Config",
+    "DeviceState",
+    "Direction",
     "Header",
+    "InflightArea",
+    "LogBase",
     "MemoryRegion",
     "MemoryTable",
     "OneRegion",
@@ -49,13 +54,15 @@ _HEADER = struct.Struct("=III")
 _U64 = struct.Struct("=Q")
 _TABLE_HEAD = struct.Struct("=II")
 _CONFIG_HEAD = struct.Struct("=III")
+_INFLIGHT = struct.Struct("=QQHH")
+_INFLIGHT_PADDING = 4
 
 HEADER_SIZE = _HEADER.size
 FDS_MAX = 8
 """The most descriptors that one message carries: a memory table of eight regions (R-VU-15)."""
 _CONFIG_DATA_MAX = 256
-_NO_FD = 0x100
-"""Bit 8 of the payload of SET_VRING_KICK, CALL and ERR (R-VU-21)."""
+NO_FD = 0x100
+"""Bit 8 of a number that a descriptor may come with: there is none (R-VU-21, R-VU-37)."""
 
 
 class Request(IntEnum):
@@ -66,6 +73,8 @@ class Request(IntEnum):
     SET_OWNER = 3
     RESET_OWNER = 4
     SET_MEM_TABLE = 5
+    SET_LOG_BASE = 6
+    SET_LOG_FD = 7
     SET_VRING_NUM = 8
     SET_VRING_ADDR = 9
     SET_VRING_BASE = 10
@@ -80,12 +89,16 @@ class Request(IntEnum):
     SET_BACKEND_REQ_FD = 21
     GET_CONFIG = 24
     SET_CONFIG = 25
+    GET_INFLIGHT_FD = 31
+    SET_INFLIGHT_FD = 32
     RESET_DEVICE = 34
     GET_MAX_MEM_SLOTS = 36
     ADD_MEM_REG = 37
     REM_MEM_REG = 38
     SET_STATUS = 39
     GET_STATUS = 40
+    SET_DEVICE_STATE_FD = 42
+    CHECK_DEVICE_STATE = 43
 
 
 class BackEndRequest(IntEnum):
@@ -98,12 +111,22 @@ class ProtocolFeature(IntFlag):
     """Protocol features (R-VU-40) that this back end implements."""
 
     MQ = 1 << 0
+    LOG_SHMFD = 1 << 1
     REPLY_ACK = 1 << 3
     BACKEND_REQ = 1 << 5
     CONFIG = 1 << 9
+    INFLIGHT_SHMFD = 1 << 12
     RESET_DEVICE = 1 << 13
     CONFIGURE_MEM_SLOTS = 1 << 15
     STATUS = 1 << 16
+    DEVICE_STATE = 1 << 19
+
+
+class Direction(IntEnum):
+    """Which way a device's state goes (R-VU-37)."""
+
+    SAVE = 0
+    LOAD = 1
 
 
 # -- framing -----------------------------------------------------------------------------------------------------------
@@ -125,6 +148,9 @@ class Header:
     def name(self) -> str:
         """The request as a word, or its number where we have no word for it."""
         return Request(self.request).name if self.request in REQUESTS else f"request {self.request}"
+
+    def encode(self) -> bytes:
+        return _HEADER.pack(self.request, self.flags, self.size)
 
     @classmethod
     def decode(cls, data: bytes) -> Header:
@@ -220,6 +246,30 @@ class VringAddress(_Fixed):
     used: int
     avail: int
     log: int
+    """Where the used ring is in the dirty log, as a guest-physical address (R-VU-80)."""
+
+    @property
+    def logs_used(self) -> bool:
+        """Whether writes to the used ring are to be logged: bit 0 of ``flags`` (R-VU-80)."""
+        return bool(self.flags & 1)
+
+
+@dataclass(frozen=True, slots=True)
+class LogBase(_Fixed):
+    """SET_LOG_BASE: where in the file that came along the dirty log is, in bytes (R-VU-16)."""
+
+    layout: ClassVar = struct.Struct("=QQ")
+    size: int
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState(_Fixed):
+    """SET_DEVICE_STATE_FD: a Direction, and the phase of the migration, 0: stopped (R-VU-37)."""
+
+    layout: ClassVar = struct.Struct("=II")
+    direction: int
+    phase: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +284,30 @@ class MemoryRegion(_Fixed):
 
 
 @dataclass(frozen=True, slots=True)
+class InflightArea:
+    """What the in-flight descriptors of ``num_queues`` queues of ``queue_size`` are kept in (R-VU-28).
+
+    QEMU adds four bytes of padding, the specification has none: both are read, and answered as they came.
+    """
+
+    mmap_size: int
+    mmap_offset: int
+    num_queues: int
+    queue_size: int
+    padded: bool = True
+
+    @classmethod
+    def decode(cls, data: bytes) -> InflightArea:
+        padded = len(data) == _INFLIGHT.size + _INFLIGHT_PADDING
+        size, offset, num_queues, queue_size = _unpack(_INFLIGHT, data[: _INFLIGHT.size] if padded else data)
+        return cls(size, offset, num_queues, queue_size, padded)
+
+    def encode(self) -> bytes:
+        area = _INFLIGHT.pack(self.mmap_size, self.mmap_offset, self.num_queues, self.queue_size)
+        return area + bytes(_INFLIGHT_PADDING if self.padded else 0)
+
+
+@dataclass(frozen=True, slots=True)
 class VringFd:
     """A queue, and whether the message leaves its descriptor out (R-VU-21)."""
 
@@ -243,10 +317,10 @@ class VringFd:
     @classmethod
     def decode(cls, data: bytes) -> VringFd:
         value = decode_u64(data)
-        return cls(value & 0xFF, bool(value & _NO_FD))
+        return cls(value & 0xFF, bool(value & NO_FD))
 
     def encode(self) -> bytes:
-        return encode_u64(self.index | (_NO_FD if self.no_fd else 0))
+        return encode_u64(self.index | (NO_FD if self.no_fd else 0))
 
     @property
     def fds(self) -> int:
@@ -316,7 +390,20 @@ PAYLOAD_MAX = max(_TABLE_HEAD.size + FDS_MAX * MemoryRegion.layout.size, _CONFIG
 
 # -- the table ---------------------------------------------------------------------------------------------------------
 
-Payload = int | bytes | VringState | VringAddress | VringFd | MemoryTable | OneRegion | Config | None
+Payload = (
+    int
+    | bytes
+    | VringState
+    | VringAddress
+    | VringFd
+    | MemoryTable
+    | OneRegion
+    | Config
+    | LogBase
+    | InflightArea
+    | DeviceState
+    | None
+)
 _NO_FDS = range(1)
 _ONE_FD = range(1, 2)
 _PERHAPS_ONE_FD = range(2)
@@ -333,6 +420,8 @@ class Row(NamedTuple):
     """The protocol feature that has to be negotiated for it."""
     replies: bool = False
     """Whether it has a reply of its own, instead of an acknowledgement."""
+    acknowledged: bool = False
+    """Whether it is acknowledged also if nobody asks for that."""
 
     def check(self, payload: bytes, fds: int) -> Payload:
         """Decodes ``payload`` and counts descriptors; raises FrontEndError (R-VU-04)."""
@@ -348,6 +437,10 @@ REQUESTS: dict[int, Row] = {
     Request.SET_OWNER: Row("set_owner", decode_empty),
     Request.RESET_OWNER: Row("reset_owner", decode_empty),
     Request.SET_MEM_TABLE: Row("set_mem_table", MemoryTable.decode, fds=range(FDS_MAX + 1)),
+    Request.SET_LOG_BASE: Row(
+        "set_log_base", LogBase.decode, fds=_ONE_FD, feature=ProtocolFeature.LOG_SHMFD, acknowledged=True
+    ),
+    Request.SET_LOG_FD: Row("set_log_fd", decode_empty, fds=_ONE_FD),
     Request.SET_VRING_NUM: Row("set_vring_num", VringState.decode),
     Request.SET_VRING_ADDR: Row("set_vring_addr", VringAddress.decode),
     Request.SET_VRING_BASE: Row("set_vring_base", VringState.decode),
@@ -364,6 +457,12 @@ REQUESTS: dict[int, Row] = {
     ),
     Request.GET_CONFIG: Row("get_config", Config.decode, feature=ProtocolFeature.CONFIG, replies=True),
     Request.SET_CONFIG: Row("set_config", Config.decode, feature=ProtocolFeature.CONFIG),
+    Request.GET_INFLIGHT_FD: Row(
+        "get_inflight_fd", InflightArea.decode, feature=ProtocolFeature.INFLIGHT_SHMFD, replies=True
+    ),
+    Request.SET_INFLIGHT_FD: Row(
+        "set_inflight_fd", InflightArea.decode, fds=_ONE_FD, feature=ProtocolFeature.INFLIGHT_SHMFD
+    ),
     Request.RESET_DEVICE: Row("reset_device", decode_empty, feature=ProtocolFeature.RESET_DEVICE),
     Request.GET_MAX_MEM_SLOTS: Row(
         "get_max_mem_slots", decode_empty, feature=ProtocolFeature.CONFIGURE_MEM_SLOTS, replies=True
@@ -374,6 +473,12 @@ REQUESTS: dict[int, Row] = {
     ),
     Request.SET_STATUS: Row("set_status", decode_u64, feature=ProtocolFeature.STATUS),
     Request.GET_STATUS: Row("get_status", decode_empty, feature=ProtocolFeature.STATUS, replies=True),
+    Request.SET_DEVICE_STATE_FD: Row(
+        "set_device_state_fd", DeviceState.decode, fds=_ONE_FD, feature=ProtocolFeature.DEVICE_STATE, replies=True
+    ),
+    Request.CHECK_DEVICE_STATE: Row(
+        "check_device_state", decode_empty, feature=ProtocolFeature.DEVICE_STATE, replies=True
+    ),
 }
 
 UNKNOWN = Row("", bytes, fds=range(FDS_MAX + 1))

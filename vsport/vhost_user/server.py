@@ -7,41 +7,42 @@ from __future__ import annotations
 
 import functools
 import logging
-import mmap
 import os
 import socket
-from array import array
 from collections.abc import Callable
+from typing import Any
 
-from vsport._ring import Region
 from vsport.addresses import UnixAddress
+from vsport.addresses import stream_socket as taken_socket
 from vsport.device import SerialDevice
-from vsport.errors import FrontEndError, GuestError, HostError
-from vsport.loop import READ, WRITE, Loop, Timer
-from vsport.vhost_user.message import (
-    FDS_MAX,
-    HEADER_SIZE,
-    Header,
-    MemoryRegion,
-    decode_reply,
-    encode_u64,
+from vsport.document import DocumentError, Fields
+from vsport.errors import FrontEndError, GuestError, HostError, UsageError
+from vsport.loop import RDHUP, READ, WRITE, Loop, Timer
+from vsport.parcel import Delivery, Parcel
+from vsport.vhost_user.channel import REPLY_SECONDS, Channel, cancel
+from vsport.vhost_user.edge import Mapping
+from vsport.vhost_user.message import HEADER_SIZE, Header, encode_u64
+from vsport.vhost_user.session import Reply, Session
+from vsport.vhost_user.state_file import StateReader, StateWriter
+from vsport.vhost_user.transport import (
+    BrokenConnection,
+    Stream,
+    make_shared,
+    map_shared,
+    send_some,
+    unix_stream,
 )
-from vsport.vhost_user.session import Session
 
-__all__ = ["POLL_SECONDS", "REPLY_SECONDS", "Server"]
+__all__ = ["LOG_SECONDS", "POLL_SECONDS", "Server"]
 
 log = logging.getLogger("vsport.vhost_user")
 
-REPLY_SECONDS = 5.0
-"""How long a front end may leave our reply unread, or our request unanswered."""
 POLL_SECONDS = 0.001
 """How often a ring without kick descriptor is looked at (R-VU-21)."""
+LOG_SECONDS = 0.01
+"""How often a front end that wants to hear of it is told that its dirty log has changed (R-VU-17)."""
 _ACCEPT_AGAIN_SECONDS = 1.0
 _SIGNAL = encode_u64(1)
-
-
-class _BrokenConnection(Exception):
-    """The socket to the front end is of no more use; the text says why, if that is worth a line in the log."""
 
 
 class Server:
@@ -60,6 +61,7 @@ class Server:
         self._listener: socket.socket | None = None
         self._address: UnixAddress | None = None
         self._connection: Connection | None = None
+        self._suspended = False
         device.on_fault = self._on_fault
         device.on_config_change = self._on_config_change
 
@@ -83,7 +85,7 @@ class Server:
 
     def adopt(self, fd: int) -> None:
         """Takes over an inherited Unix stream socket, listening or connected (R-VU-103). Raises HostError."""
-        inherited = _stream_socket(fd)
+        inherited = unix_stream(fd)
         if inherited is None:
             raise HostError(f"descriptor {fd} is not a Unix stream socket")
         os.set_inheritable(fd, False)
@@ -98,7 +100,7 @@ class Server:
         self._accept_when_free()
 
     def _accept_when_free(self) -> None:
-        if self._listener is not None and self._connection is None:
+        if self._listener is not None and self._connection is None and not self._suspended:
             self.loop.watch(self._listener.fileno(), READ, self._accept)
 
     def _accept(self, _ready: int) -> None:
@@ -115,8 +117,8 @@ class Server:
             self._connect(accepted)
 
     def _connect(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self._connection = Connection(sock, self.device, self.loop, self._disconnected)
+        self._connection = Connection(Stream(sock), self.device, self.loop, self._disconnected)
+        self._connection.watch()
         log.info("front end connected")
         self.on_connected()
 
@@ -136,6 +138,86 @@ class Server:
         if self._address is not None:
             self._address.forget()
             self._address = None
+
+    # -- handover ----------------------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Nothing moves any more, and nobody is told: neither the guest, nor the front end, nor one that knocks."""
+        self._suspended = True
+        if self._listener is not None:
+            self.loop.unwatch(self._listener.fileno())
+        if self._connection is not None:
+            self._connection.suspend()
+
+    def resume(self) -> None:
+        """Goes on, here or in the process that took over, where suspend() stopped. Safe to call twice."""
+        if not self._suspended:
+            return
+        self._suspended = False
+        if self._connection is not None:
+            self._connection.resume()
+        self._accept_when_free()
+
+    def give(self, parcel: Parcel) -> dict[str, Any]:
+        """Everything as a document, its descriptors in ``parcel``; suspended before, and it changes nothing.
+
+        The device's own state is not in it: that is its snapshot. Raises HostError while the front end moves that
+        state itself: then it has to be tried again.
+        """
+        listeners = [self._listener] if self._listener is not None else []
+        if self._address is None:
+            inherited = [{"socket": parcel.add(sock.fileno())} for sock in listeners]
+            return {"path": "", "inherited": inherited, "front_end": self._give_connection(parcel)}
+        address = self._address.give(listeners, parcel)
+        return {"path": self._address.path, "address": address, "front_end": self._give_connection(parcel)}
+
+    def _give_connection(self, parcel: Parcel) -> list[dict[str, Any]]:
+        return [self._connection.give(parcel)] if self._connection is not None else []
+
+    def take(self, state: Fields, delivery: Delivery) -> None:
+        """In place of listen() or adopt(): becomes what give() of another process described, and is suspended.
+
+        The device is left alone: its state is restored apart from this, before resume(). on_connected is not called.
+        Raises DocumentError, FrontEndError, HostError, and then has no descriptor, mapping or socket file of it.
+        """
+        self._suspended = True
+        try:
+            self._take_listener(state, delivery)
+            for front_end in state.each("front_end", 1, Fields):
+                self._connection = Connection.take(front_end, delivery, self.device, self.loop, self._disconnected)
+            state.end()
+        except BaseException:
+            self.release()
+            raise
+
+    def _take_listener(self, state: Fields, delivery: Delivery) -> None:
+        path = state.text("path")
+        if path:
+            self._listener = self._take_address(path, state.object("address"), delivery)
+            return
+        for inherited in state.each("inherited", 1, Fields):
+            fd = delivery.take(inherited, "socket")
+            self._listener = taken_socket(inherited.where, fd, {socket.AF_UNIX}, listening=True)
+            inherited.end()
+
+    def _take_address(self, path: str, address: Fields, delivery: Delivery) -> socket.socket | None:
+        try:
+            self._address = UnixAddress(path)
+        except UsageError as exc:
+            raise DocumentError(f"{address.where}: {exc}") from None
+        listeners = self._address.take(address, delivery)
+        for sock in listeners[1:]:  # a Unix socket has one
+            sock.close()
+        return listeners[0] if listeners else None
+
+    def release(self) -> None:
+        """It is another process's now: gives up the own copies, and nobody notices. The socket file stays."""
+        if self._listener is not None:
+            self._listener.close()
+        if self._connection is not None:
+            self._connection.release()
+        self._listener = self._connection = self._address = None
+        self._suspended = False
 
     # -- hooks of the device -----------------------------------------------------------------------------------------
 
@@ -160,29 +242,40 @@ class Server:
 class Connection:
     """One front end: its socket, its session, and the descriptors that it sent. The session's Edge."""
 
-    def __init__(self, sock: socket.socket, device: SerialDevice, loop: Loop, on_closed: Callable[[], None]) -> None:
+    def __init__(self, stream: Stream, device: SerialDevice, loop: Loop, on_closed: Callable[[], None]) -> None:
         self.loop = loop
         self.session = Session(device, self)
-        self._stream = _Stream(sock)
+        self._stream = stream
         self._on_closed = on_closed
         self._header: Header | None = None
-        self._unsent = b""
+        self._unsent = Reply(b"")
         self._patience: Timer | None = None
-        self._channel: _Channel | None = None
+        self._channel: Channel | None = None
+        self._transfer: StateReader | StateWriter | None = None
         self._polled: set[int] = set()
         self._poll_timer: Timer | None = None
-        loop.watch(sock.fileno(), READ, self._readable)
+        self._log_timer: Timer | None = None
 
     # -- messages ----------------------------------------------------------------------------------------------------
+
+    def watch(self) -> None:
+        """Waits for what has to come next. Who leaves a reply unread, or waits for one, gets no further."""
+        sock = self._stream.sock
+        if self._unsent.data:
+            self.loop.watch(sock.fileno(), WRITE, self._writable)
+        elif self.session.owes_reply:
+            self.loop.watch(sock.fileno(), RDHUP, self._left)
+        else:
+            self.loop.watch(sock.fileno(), READ, self._readable)
 
     def _readable(self, _ready: int) -> None:
         """Goes on with the message that is being received; at most one in a turn, so that others get theirs."""
         try:
             if self._header is None and self._stream.receive(HEADER_SIZE):
-                self._header = Header.decode(self._stream.take())
+                self._header = Header.decode(self._stream.take_data())
             if self._header is not None and self._stream.receive(self._header.size):
                 self._handle(self._header)
-        except _BrokenConnection as exc:
+        except BrokenConnection as exc:
             self.close(str(exc))
         except FrontEndError as exc:
             log.warning("connection ended, the front end broke a rule: %s", str(exc))
@@ -190,46 +283,147 @@ class Connection:
 
     def _handle(self, header: Header) -> None:
         self._header = None
-        payload, fds = self._stream.take(), self._stream.take_fds()
+        payload, fds = self._stream.take_data(), self._stream.take_fds()
         log.debug("%s, %d bytes, %d descriptors", header.name, len(payload), len(fds))
         reply = self.session.handle(header, payload, fds)
         if reply is not None:
             self._send(reply)
+        elif self.session.owes_reply:
+            self.watch()
 
-    def _send(self, reply: bytes) -> None:
-        """Raises _BrokenConnection. While a reply is not out, nothing is read: who does not read gets no further."""
-        sock = self._stream.sock
-        self._unsent = reply[_send_some(sock, reply) :]
-        if self._unsent:
-            self._patience = self.loop.call_later(REPLY_SECONDS, lambda: self.close("does not read its replies"))
-            self.loop.watch(sock.fileno(), WRITE, self._writable)
+    def _left(self, _ready: int) -> None:
+        self.close("it did not wait for its reply")
+
+    def _send(self, reply: Reply) -> None:
+        """Raises BrokenConnection."""
+        self._unsent = reply
+        self._go_on_sending()
+        if self._unsent.data:
+            self._be_patient()
+            self.watch()
+
+    def _go_on_sending(self) -> None:
+        data, fd = self._unsent
+        sent = send_some(self._stream.sock, data, [fd] if fd >= 0 else [])
+        if sent and fd >= 0:
+            os.close(fd)
+            fd = -1
+        self._unsent = Reply(data[sent:], fd)
+
+    def _be_patient(self) -> None:
+        self._patience = self.loop.call_later(REPLY_SECONDS, lambda: self.close("does not read its replies"))
 
     def _writable(self, _ready: int) -> None:
-        sock = self._stream.sock
         try:
-            self._unsent = self._unsent[_send_some(sock, self._unsent) :]
-        except _BrokenConnection as exc:
+            self._go_on_sending()
+        except BrokenConnection as exc:
             self.close(str(exc))
             return
-        if not self._unsent:
-            _cancel(self._patience)
-            self.loop.watch(sock.fileno(), READ, self._readable)
+        if not self._unsent.data:
+            cancel(self._patience)
+            self.watch()
 
     def close(self, why: str) -> None:
         """Ends the connection and gives everything back that came through it."""
         log.info("front end disconnected: %s", why)
-        self.loop.unwatch(self._stream.sock.fileno())
-        _cancel(self._patience)
-        _cancel(self._poll_timer)
+        self._unwatch()
         self.session.close()
-        self._drop_channel()
-        self._stream.close()
+        self._drop()
         self._on_closed()
+
+    def _unwatch(self) -> None:
+        self.loop.unwatch(self._stream.sock.fileno())
+        for timer in (self._patience, self._poll_timer, self._log_timer):
+            cancel(timer)
+        self._poll_timer = self._log_timer = None
+
+    def _drop(self) -> None:
+        self._drop_channel()
+        if self._transfer is not None:
+            self._transfer.close()
+        if self._unsent.fd >= 0:
+            os.close(self._unsent.fd)
+        self._unsent = Reply(b"")
+        self._stream.close()
+
+    # -- handover ----------------------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Stops the rings, and listens to nobody."""
+        self.session.suspend()
+        self._unwatch()
+        for vring in self.session.vrings:
+            if vring.kick_fd >= 0:
+                self.loop.unwatch(vring.kick_fd)
+        if self._channel is not None:
+            self._channel.suspend()
+
+    def resume(self) -> None:
+        """A kick that came meanwhile is in its descriptor, a message in the socket."""
+        self.watch()
+        if self._unsent.data:
+            self._be_patient()
+        for index, vring in enumerate(self.session.vrings):
+            if vring.kick_fd >= 0:
+                self.watch_kick(index, vring.kick_fd)
+        if self._channel is not None:
+            self._channel.resume()
+        self.session.resume()
+
+    def give(self, parcel: Parcel) -> dict[str, Any]:
+        """The suspended connection as a document; raises HostError if the session cannot be given now."""
+        session = self.session.give(parcel)
+        channels = [self._channel] if self._channel is not None and self._channel.open else []
+        return {
+            "session": session,
+            "stream": self._stream.give(parcel),
+            "header": self._header.encode().hex() if self._header is not None else "",
+            "unsent": self._unsent.data.hex(),
+            "unsent_fd": parcel.add(self._unsent.fd),
+            "channel": [channel.give(parcel) for channel in channels],
+        }
+
+    @classmethod
+    def take(
+        cls, fields: Fields, delivery: Delivery, device: SerialDevice, loop: Loop, on_closed: Callable[[], None]
+    ) -> Connection:
+        """The suspended connection that give() described. Raises DocumentError, FrontEndError, and keeps nothing."""
+        connection = cls(Stream.take(fields.object("stream"), delivery), device, loop, on_closed)
+        try:
+            connection._take(fields, delivery)
+        except BaseException:
+            connection.release()
+            raise
+        return connection
+
+    def _take(self, fields: Fields, delivery: Delivery) -> None:
+        self._unsent = Reply(b"", delivery.take(fields, "unsent_fd"))
+        self._unsent = self._unsent._replace(data=fields.bytes("unsent"))
+        if self._unsent.fd >= 0 and not self._unsent.data:
+            raise DocumentError(f"{fields.where}: a descriptor without the reply that it belongs to")
+        header = fields.bytes("header")
+        self._header = Header.decode(header) if header else None
+        for channel in fields.each("channel", 1, Fields):
+            self._channel = Channel.take(channel, delivery, self.loop, self.session)
+        self.session.take(fields.object("session"), delivery, has_channel=self._channel is not None)
+        fields.end()
+
+    def release(self) -> None:
+        """Gives up the own copies of everything, and neither the front end nor the device notices."""
+        self._unwatch()
+        self.session.release()
+        self._drop()
 
     # -- Edge: memory and descriptors ----------------------------------------------------------------------------------
 
-    def map_region(self, region: MemoryRegion, fd: int) -> Region:
-        return _map(region, fd)
+    def map_shared(self, fd: int, offset: int, size: int) -> Mapping:
+        return map_shared(fd, offset, size)
+
+    def make_shared(self, size: int) -> int:
+        try:
+            return make_shared("vsport-inflight", size)
+        except OSError as exc:
+            raise FrontEndError("R-VU-28", f"no memory for it: {exc.strerror}", size=size) from exc
 
     def close_fd(self, fd: int) -> None:
         os.close(fd)
@@ -286,14 +480,42 @@ class Connection:
         if self._polled:
             self._poll_timer = self.loop.call_later(POLL_SECONDS, self._poll)
 
+    def poll_log(self, on: bool) -> None:
+        if not on:
+            cancel(self._log_timer)
+            self._log_timer = None
+        elif self._log_timer is None:
+            self._log_timer = self.loop.call_later(LOG_SECONDS, self._log_is_due)
+
+    def _log_is_due(self) -> None:
+        self._log_timer = self.loop.call_later(LOG_SECONDS, self._log_is_due)
+        self.session.log_due()
+
+    # -- Edge: the device's state --------------------------------------------------------------------------------------
+
+    def write_state(self, fd: int, data: bytes, done: Callable[[str], None]) -> None:
+        self._transfer = StateWriter(self.loop, fd, data, done)
+
+    def read_state(self, fd: int, limit: int, done: Callable[[bytes, str], None]) -> None:
+        self._transfer = StateReader(self.loop, fd, limit, done)
+
+    def send_reply(self, data: bytes) -> None:
+        try:
+            self._send(Reply(data))
+        except BrokenConnection as exc:
+            self.close(str(exc))
+        else:
+            self.watch()
+
     # -- Edge: back-end channel ----------------------------------------------------------------------------------------
 
     def open_channel(self, fd: int) -> None:
-        sock = _stream_socket(fd)
+        sock = unix_stream(fd)
         if sock is None:
             raise FrontEndError("R-VU-25", "the back-end channel is not a Unix stream socket")
         self._drop_channel()
-        self._channel = _Channel(sock, self.loop, self.session)
+        self._channel = Channel(Stream(sock), self.loop, self.session)
+        self._channel.watch()
 
     def send_request(self, data: bytes, *, need_reply: bool) -> None:
         if self._channel is not None:
@@ -303,169 +525,3 @@ class Connection:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-
-
-def _cancel(timer: Timer | None) -> None:
-    if timer is not None:
-        timer.cancel()
-
-
-class _Channel:
-    """The back-end channel: our requests go out, their answers come in whenever they come (R-VU-97)."""
-
-    def __init__(self, sock: socket.socket, loop: Loop, session: Session) -> None:
-        sock.setblocking(False)
-        self._stream = _Stream(sock)
-        self._loop = loop
-        self._session = session
-        self._timer: Timer | None = None
-        loop.watch(sock.fileno(), READ, self._readable)
-
-    def send(self, data: bytes, need_reply: bool) -> None:
-        """Sends a request. If there is no room for it, the front end has requests of ours to read as it is."""
-        try:
-            sent = _send_some(self._stream.sock, data)
-        except _BrokenConnection as exc:
-            self._lost(str(exc))
-            return
-        if 0 < sent < len(data):
-            self._lost("half a request fitted in")
-        elif need_reply:
-            self._timer = self._loop.call_later(REPLY_SECONDS, self._unanswered)
-
-    def _unanswered(self) -> None:
-        log.warning("the front end has not answered on the back-end channel for %g s", REPLY_SECONDS)
-        self._timer = None
-        self._session.channel_free()
-
-    def _readable(self, _ready: int) -> None:
-        try:
-            if self._stream.receive(HEADER_SIZE + len(_SIGNAL)):
-                self._answered()
-        except _BrokenConnection as exc:
-            self._lost(str(exc))
-        except FrontEndError as exc:
-            log.warning("the front end broke a rule on the back-end channel: %s", str(exc))
-            self._lost("refused")
-
-    def _answered(self) -> None:
-        self._stream.drop_fds()
-        request, result = decode_reply(self._stream.take())
-        if result:
-            log.warning("the front end refused request %d of ours: %d", request, result)
-        if self._timer is not None:  # else it is an answer that came too late, or to no question
-            self._timer.cancel()
-            self._timer = None
-            self._session.channel_free()
-
-    def _lost(self, why: str) -> None:
-        log.info("back-end channel closed: %s", why)
-        self._session.channel_lost()
-        self.close()
-
-    def close(self) -> None:
-        """Safe to call twice."""
-        _cancel(self._timer)
-        self._timer = None
-        if self._stream.sock.fileno() >= 0:
-            self._loop.unwatch(self._stream.sock.fileno())
-            self._stream.close()
-
-
-class _Stream:
-    """The receiving half of a Unix stream socket: bytes and descriptors of the message that is coming in."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self._data = b""
-        self._fds: list[int] = []
-
-    def receive(self, size: int) -> bool:
-        """Whether ``size`` bytes are there by now. Raises _BrokenConnection.
-
-        Never reads more than that: descriptors that arrive belong to this message (R-VU-03).
-        """
-        while len(self._data) < size:
-            try:
-                data, fds, flags = _receive_with_fds(self.sock, size - len(self._data))
-            except BlockingIOError:
-                return False
-            except OSError as exc:
-                raise _BrokenConnection(exc.strerror) from exc
-            self._fds += fds
-            if flags & socket.MSG_CTRUNC or len(self._fds) > FDS_MAX:
-                raise _BrokenConnection("more descriptors in a message than can be taken (R-VU-03)")
-            if not data:
-                raise _BrokenConnection("in the middle of a message" if self._data else "end of the connection")
-            self._data += data
-        return True
-
-    def take(self) -> bytes:
-        """What has been received; the next receive() begins anew."""
-        data, self._data = self._data, b""
-        return data
-
-    def take_fds(self) -> list[int]:
-        """The descriptors that came along; they are the caller's from now on."""
-        fds, self._fds = self._fds, []
-        return fds
-
-    def drop_fds(self) -> None:
-        for fd in self.take_fds():
-            os.close(fd)
-
-    def close(self) -> None:
-        self.drop_fds()
-        self.sock.close()
-
-
-def _receive_with_fds(sock: socket.socket, size: int) -> tuple[bytes, list[int], int]:
-    """At most ``size`` bytes, the descriptors that came with them, and the flags of recvmsg(). Raises OSError."""
-    fds = array("i")
-    data, ancillary, flags, _ = sock.recvmsg(size, socket.CMSG_SPACE(FDS_MAX * fds.itemsize), socket.MSG_CMSG_CLOEXEC)
-    for level, kind, content in ancillary:
-        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-            fds.frombytes(content[: len(content) - len(content) % fds.itemsize])
-    return data, list(fds), flags
-
-
-def _send_some(sock: socket.socket, data: bytes) -> int:
-    """Sends what there is room for; says how many bytes. Raises _BrokenConnection."""
-    try:
-        return sock.send(data)
-    except BlockingIOError:
-        return 0
-    except OSError as exc:
-        raise _BrokenConnection(exc.strerror) from exc
-
-
-def _stream_socket(fd: int) -> socket.socket | None:
-    """A socket object that owns ``fd``; None, and ``fd`` stays the caller's, if that is no Unix stream socket."""
-    try:
-        sock = socket.socket(fileno=fd)
-    except (OSError, ValueError, OverflowError):
-        return None
-    if (sock.family, sock.type) == (socket.AF_UNIX, socket.SOCK_STREAM):
-        return sock
-    sock.detach()
-    return None
-
-
-# -- guest memory ------------------------------------------------------------------------------------------------------
-
-
-def _map(region: MemoryRegion, fd: int) -> Region:
-    """Maps a region. Raises FrontEndError, also if the file is shorter than it: touching the rest kills (R-VU-62)."""
-    end = region.mmap_offset + region.size
-    try:
-        status = os.fstat(fd)
-        if not region.size or end > status.st_size:
-            raise FrontEndError("R-VU-62", "the file does not hold the region", end=hex(end), file=hex(status.st_size))
-        # Regions may start anywhere (R-VU-61). For files in huge pages st_blksize is the unit that mmap() wants.
-        unit = max(mmap.PAGESIZE, status.st_blksize)
-        start = region.mmap_offset // unit * unit
-        length = min(-(-end // unit) * unit, status.st_size) - start
-        buffer = mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=start)
-    except (OSError, ValueError, OverflowError) as exc:
-        raise FrontEndError("R-VU-61", f"cannot map the region: {exc}", gpa=hex(region.gpa)) from exc
-    return Region(region.gpa, region.size, region.front_end_addr, buffer, region.mmap_offset - start)

@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-from vsport._ring import Memory, Region
 from vsport.constants import QUEUE_SIZE_MAX, Feature
 from vsport.device import SerialDevice
+from vsport.document import DocumentError, Fields
 from vsport.errors import FrontEndError
+from vsport.parcel import Delivery, Parcel
+from vsport.vhost_user.dirty import DirtyLogging
+from vsport.vhost_user.edge import Edge
+from vsport.vhost_user.inflight import InflightRegion, layout
+from vsport.vhost_user.memory import MEM_SLOTS, SharedMemory
 from vsport.vhost_user.message import (
+    NO_FD,
     REQUESTS,
     UNKNOWN,
     BackEndRequest,
     Config,
+    DeviceState,
     Header,
-    MemoryRegion,
+    InflightArea,
+    LogBase,
     MemoryTable,
     OneRegion,
     Payload,
     ProtocolFeature,
+    Request,
     Row,
     VringAddress,
     VringFd,
@@ -33,96 +41,47 @@ from vsport.vhost_user.message import (
     encode_request,
     encode_u64,
 )
+from vsport.vhost_user.share import Share
+from vsport.vhost_user.transfer import StateTransfer
+from vsport.vhost_user.vring import Vring, places
 
-__all__ = ["MEM_SLOTS", "OFFERED", "Edge", "Session", "Vring"]
+__all__ = ["OFFERED", "Reply", "Session"]
 
 log = logging.getLogger("vsport.vhost_user")
 
 OFFERED = int(
     ProtocolFeature.MQ
+    | ProtocolFeature.LOG_SHMFD
     | ProtocolFeature.REPLY_ACK
     | ProtocolFeature.BACKEND_REQ
     | ProtocolFeature.CONFIG
+    | ProtocolFeature.INFLIGHT_SHMFD
     | ProtocolFeature.RESET_DEVICE
     | ProtocolFeature.CONFIGURE_MEM_SLOTS
     | ProtocolFeature.STATUS
+    | ProtocolFeature.DEVICE_STATE
 )
 """QEMU acknowledges whatever is offered, so only what works is (R-VU-41). A plain number: ``~`` of an IntFlag has only
 the bits that the flag knows, and would let unknown ones pass."""
-_PROTOCOL_FEATURES = int(Feature.PROTOCOL_FEATURES)
-MEM_SLOTS = 512
-"""As many regions as a Memory takes, and as QEMU asks for at most (R-VU-32)."""
+_NOT_VIRTIO = int(Feature.PROTOCOL_FEATURES | Feature.LOG_ALL)
+"""Bits that front end and back end have for themselves, among those of the guest's driver."""
 
 _STATUS_NEEDS_RESET = 0x40
 _CONFIG_WRITE_BY_GUEST, _CONFIG_WRITE_BY_MIGRATION = 0, 1
 
 
-class Edge(Protocol):
-    """What a session cannot do itself. No method closes or keeps an ``fd`` unless it says so."""
+class Reply(NamedTuple):
+    """What is sent to the front end, and a descriptor that goes with it and is closed then; -1: none."""
 
-    def map_region(self, region: MemoryRegion, fd: int) -> Region:
-        """Maps a part of ``fd``, which may be closed afterwards. Raises FrontEndError (R-VU-62)."""
-
-    def close_fd(self, fd: int) -> None:
-        """Closes a descriptor that came with a message."""
-
-    def make_nonblocking(self, fd: int) -> None:
-        """Raises FrontEndError if ``fd`` cannot be written to or read from at all."""
-
-    def signal(self, fd: int) -> None:
-        """Writes 8 bytes to a call or error descriptor; never fails, never waits (R-VU-98)."""
-
-    def watch_kick(self, index: int, fd: int) -> None:
-        """From now on kicked(index) is called whenever ``fd`` says so. Raises FrontEndError if it never can."""
-
-    def unwatch_kick(self, fd: int) -> None:
-        """Ends watch_kick()."""
-
-    def poll_ring(self, index: int, on: bool) -> None:
-        """Starts or stops to call kicked(index) by the clock."""
-
-    def open_channel(self, fd: int) -> None:
-        """Keeps ``fd`` as the back-end channel, in place of an older one. Raises FrontEndError without keeping it."""
-
-    def send_request(self, data: bytes, *, need_reply: bool) -> None:
-        """Sends a request on the channel; channel_free() is called when the next one may follow, if ``need_reply``."""
-
-
-@dataclass(slots=True)
-class Vring:
-    """What the front end has said about one queue."""
-
-    size: int = 0
-    address: VringAddress | None = None
-    base: int = 0
-    """The next available index: set by the front end, or where the ring was stopped."""
-    rewound: bool = False
-    """Whether the front end has set ``base`` back to 0 on a ring that had got further."""
-    kick_fd: int = -1
-    call_fd: int = -1
-    err_fd: int = -1
-    polled: bool = False
-    """Whether there is no kick descriptor on purpose (R-VU-21)."""
-    started: bool = False
-    enabled: bool = False
-    live: bool = False
-    """Whether the ring is in use: the device's queue has been started."""
-
-    @property
-    def configured(self) -> bool:
-        return self.size > 0 and self.address is not None
-
-    @property
-    def wanted(self) -> bool:
-        """Whether the ring has to be live. A disabled ring is left alone: what is in it waits (R-VU-51, R-VU-52)."""
-        return self.started and self.enabled and self.configured
+    data: bytes
+    fd: int = -1
 
 
 class Session:
     """One front end's connection to ``device``.
 
-    ``handle`` takes a message, close() ends it all. In between, the edge calls kicked() and channel_free(), and whoever
-    owns the device's hooks passes config_changed() and queue_failed() on.
+    ``handle`` takes a message, close() ends it all. In between, the edge calls kicked(), channel_free() and log_due(),
+    and whoever owns the device's hooks passes config_changed() and queue_failed() on.
     """
 
     def __init__(self, device: SerialDevice, edge: Edge) -> None:
@@ -130,15 +89,22 @@ class Session:
         self.edge = edge
         self.protocol_features = ProtocolFeature(0)
         self.status = 0
-        self.memory = Memory()
+        self.memory = SharedMemory(edge)
         self.vrings = tuple(Vring() for _ in device.queues)
+        self.dirty = DirtyLogging(edge)
+        self.inflight: InflightRegion | None = None
+        self.transfer = StateTransfer(device, edge, self)
+        self.owes_reply = False
+        """Whether the last message is still to be answered (send_reply): none that comes behind it may be before."""
+        self.channel_busy = False
+        """Whether a request of ours on the back-end channel is unanswered."""
+        self._held: frozenset[int] | None = None
         self._has_channel = False
-        self._channel_busy = False
         self._config_stale = False
 
     # -- messages ------------------------------------------------------------------------------------------------------
 
-    def handle(self, header: Header, payload: bytes, fds: Sequence[int]) -> bytes | None:
+    def handle(self, header: Header, payload: bytes, fds: Sequence[int]) -> Reply | None:
         """Does what a message asks for, and gives the reply to be sent, if any. Owns ``fds`` from now on.
 
         A request whose meaning is wrong is refused, if the front end asked to hear of it. Raises FrontEndError if it
@@ -151,37 +117,42 @@ class Session:
             for fd in unused:
                 self.edge.close_fd(fd)
 
-    def _answer(self, header: Header, payload: bytes, fds: list[int]) -> bytes | None:
+    def _answer(self, header: Header, payload: bytes, fds: list[int]) -> Reply | None:
         row = REQUESTS.get(header.request, UNKNOWN)
         decoded = row.check(payload, len(fds))
+        wanted = header.need_reply or row.acknowledged
         try:
             reply = self._perform(header, row, decoded, fds)
         except FrontEndError as exc:
-            if row.replies or not (header.need_reply or self._shapes_a_ring(decoded)):
+            if row.replies or not (wanted or self._shapes_a_ring(decoded)):
                 raise
             # As text: whoever keeps the error keeps its traceback, and with it mappings that have to go.
             log.warning("front end's %s refused: %s", header.name, str(exc))
-            return self._refuse(header, decoded)
+            return self._refuse(header, decoded, wanted)
         if reply is not None:
-            return encode_reply(header.request, reply)
-        # Asked here and not before: UML wants an acknowledgement of the message that negotiates it (R-VU-06).
-        return encode_reply(header.request, encode_u64(0)) if header.need_reply else None
+            return Reply(encode_reply(header.request, reply.data), reply.fd)
+        if row.replies:
+            self.owes_reply = True
+            return None
+        # UML wants an acknowledgement of the very message that negotiates it (R-VU-06).
+        return Reply(encode_reply(header.request, encode_u64(0))) if wanted else None
 
-    def _perform(self, header: Header, row: Row, payload: Payload, fds: list[int]) -> bytes | None:
+    def _perform(self, header: Header, row: Row, payload: Payload, fds: list[int]) -> Reply | None:
         if row is UNKNOWN:
             raise FrontEndError("R-VU-07", "not a request to a console", request=header.request)
         if row.feature and not row.feature & self.protocol_features:
             raise FrontEndError("R-VU-40", "its protocol feature is not negotiated", feature=row.feature.name)
-        handler: Callable[[Any, list[int]], bytes | None] = getattr(self, row.handler)
-        return handler(payload, fds)
+        handler: Callable[[Any, list[int]], bytes | Reply | None] = getattr(self, row.handler)
+        reply = handler(payload, fds)
+        return Reply(reply) if isinstance(reply, bytes) else reply
 
     def _shapes_a_ring(self, payload: Payload) -> bool:
         """A ring's layout comes from the guest: a bad one costs that ring, not the connection (R-RING-70 to 84)."""
         return isinstance(payload, VringState | VringAddress) and payload.index < len(self.vrings)
 
-    def _refuse(self, header: Header, payload: Payload) -> bytes | None:
-        if header.need_reply:
-            return encode_reply(header.request, encode_u64(1))
+    def _refuse(self, header: Header, payload: Payload, wanted: bool) -> Reply | None:
+        if wanted:
+            return Reply(encode_reply(header.request, encode_u64(1)))
         if isinstance(payload, VringState | VringAddress):
             self.queue_failed(payload.index)
         return None
@@ -189,14 +160,17 @@ class Session:
     # -- features and the like -----------------------------------------------------------------------------------------
 
     def get_features(self, _: None, __: list[int]) -> bytes:
-        return encode_u64(self.device.features | _PROTOCOL_FEATURES)
+        return encode_u64(self.device.features | _NOT_VIRTIO)
 
     def set_features(self, features: int, _: list[int]) -> None:
-        virtio = features & ~_PROTOCOL_FEATURES
+        """Also under running rings, if only logging is switched on or off (R-VU-11)."""
+        virtio = features & ~_NOT_VIRTIO
         if virtio != self.device.negotiated and not self.suspended:
             raise FrontEndError("R-VU-11", "other features while rings run", features=hex(features))
         self.device.negotiate(virtio)
-        if not features & _PROTOCOL_FEATURES:
+        self.dirty.data = bool(features & Feature.LOG_ALL)
+        self._log_anew()
+        if not features & Feature.PROTOCOL_FEATURES:
             for index, vring in enumerate(self.vrings):  # without the bit there is no SET_VRING_ENABLE (R-VU-11)
                 vring.enabled = True
                 self._settle(index)
@@ -239,7 +213,7 @@ class Session:
 
     def get_status(self, _: None, __: list[int]) -> bytes:
         queues = zip(self.vrings, self.device.queues, strict=True)
-        broken = any(vring.live and queue.fault is not None for vring, queue in queues)
+        broken = any(vring.live and not queue.running for vring, queue in queues)
         return encode_u64(self.status | (_STATUS_NEEDS_RESET if broken else 0))  # R-RING-63
 
     def set_status(self, status: int, _: list[int]) -> None:
@@ -260,46 +234,129 @@ class Session:
             vring.started = vring.enabled = False
             self._settle(index)
             vring.base, vring.rewound = 0, False
+        self._forget_inflight()
         self.device.reset()
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def set_mem_table(self, table: MemoryTable, fds: list[int]) -> None:
-        self._use_memory([self.edge.map_region(region, fd) for region, fd in zip(table.regions, fds, strict=True)])
+        self.memory.replace(table.regions, fds)
+        self._move_rings()
 
     def get_max_mem_slots(self, _: None, __: list[int]) -> bytes:
         return encode_u64(MEM_SLOTS)
 
     def add_mem_reg(self, payload: OneRegion, fds: list[int]) -> None:
-        if len(self.memory.regions) >= MEM_SLOTS:
-            raise FrontEndError("R-VU-32", "more memory regions than there are slots", slots=MEM_SLOTS)
-        self._use_memory([*self.memory.regions, self.edge.map_region(payload.region, fds[0])])
+        self.memory.add(payload.region, fds)
+        self._move_rings()
 
     def rem_mem_reg(self, payload: OneRegion, _: list[int]) -> None:
-        gone = payload.region
-        kept = [region for region in self.memory.regions if not _same_range(region, gone)]
-        if len(kept) == len(self.memory.regions):
-            raise FrontEndError("R-VU-33", "no such memory region", gpa=hex(gone.gpa), size=hex(gone.size))
-        self._use_memory(kept)
+        self.memory.remove(payload.region)
+        self._move_rings()
 
-    def _use_memory(self, regions: list[Region]) -> None:
-        """Replaces the table, also under live rings: each is stopped, translated anew, and goes on (R-VU-63)."""
-        self.memory = Memory(regions)
+    def _move_rings(self) -> None:
+        """The table is another one, also under live rings: each is stopped, translated anew, goes on (R-VU-63)."""
         for index, vring in enumerate(self.vrings):
             if vring.live and self.device.queues[index].running:  # a broken one stays broken
-                self._move_ring(index, vring)
+                vring.base = self.device.queues[index].stop()
+                if self._restart(index, vring):
+                    self.device.kick(index)
 
-    def _move_ring(self, index: int, vring: Vring) -> None:
-        vring.base = self.device.queues[index].stop()
+    def _restart(self, index: int, vring: Vring) -> bool:
+        """Starts the queue of a live ring again; a ring that is not in memory any more has failed."""
         try:
             self._start_queue(index, vring)
         except FrontEndError as exc:
-            log.warning("queue %d is not in the new memory: %s", index, str(exc))
             vring.started = vring.live = False
             self.device.queue_stopped(index)
-            self.queue_failed(index)
-        else:
-            self.device.kick(index)
+            if self.memory.table.lost:
+                self.device.fault(index, exc)  # which ends the session (R-RING-82)
+            else:
+                log.warning("queue %d is not in the new memory: %s", index, str(exc))
+                self.queue_failed(index)
+        return vring.live
+
+    # -- dirty logging -------------------------------------------------------------------------------------------------
+
+    def set_log_base(self, base: LogBase, fds: list[int]) -> None:
+        """All that was written before this is answered is in the old log, all that comes after it in the new one."""
+        self.dirty.set_base(base, fds)
+        self._log_anew()
+
+    def set_log_fd(self, _: None, fds: list[int]) -> None:
+        self.dirty.set_signal(fds)
+        self._log_anew()
+
+    def _log_anew(self) -> None:
+        """What has to be logged is something else now (R-VU-80): also under running rings."""
+        for index, vring in enumerate(self.vrings):
+            self.dirty.apply(self.device.queues[index], vring.address)
+        self.edge.poll_log(self.dirty.signals)
+
+    def log_due(self) -> None:
+        """It is time to tell the front end, if its log has changed (R-VU-17)."""
+        self.dirty.look(self.device.queues)
+
+    # -- in-flight descriptors -----------------------------------------------------------------------------------------
+
+    def get_inflight_fd(self, asked: InflightArea, _: list[int]) -> Reply:
+        try:
+            area = layout(asked, len(self.vrings))
+            return Reply(area.encode(), self.edge.make_shared(area.mmap_size))
+        except FrontEndError as exc:
+            log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
+            return Reply(InflightArea(0, 0, asked.num_queues, asked.queue_size, asked.padded).encode())
+
+    def set_inflight_fd(self, area: InflightArea, fds: list[int]) -> None:
+        if not self.suspended:
+            raise FrontEndError("R-VU-85", "other in-flight descriptors while rings run")
+        share = Share(self.edge, fds[0], area.mmap_offset, area.mmap_size)
+        fds.clear()
+        region = InflightRegion(area, share, len(self.vrings))
+        self._drop_inflight()
+        self.inflight = region
+
+    def _forget_inflight(self) -> None:
+        """The guest begins anew, and nothing that it had asked for before is still to be done."""
+        self._detach_inflight()
+        if self.inflight is not None:
+            self.inflight.forget()
+
+    def _detach_inflight(self) -> None:
+        """Queues get their regions when they start."""
+        for queue in self.device.queues:
+            queue.inflight = None
+
+    def _drop_inflight(self) -> None:
+        self._detach_inflight()
+        if self.inflight is not None:
+            self.inflight.close()
+            self.inflight = None
+
+    # -- the device's state --------------------------------------------------------------------------------------------
+
+    def set_device_state_fd(self, asked: DeviceState, fds: list[int]) -> bytes:
+        try:
+            self.transfer.begin(asked, fds)
+        except FrontEndError as exc:
+            log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
+            return encode_u64(NO_FD | 1)
+        return encode_u64(NO_FD)
+
+    def check_device_state(self, _: None, __: list[int]) -> bytes | None:
+        """Answered when the transfer is over (R-VU-38)."""
+        return None if self.transfer.busy else encode_u64(self.transfer.failed)
+
+    def transfer_over(self) -> None:
+        """Who has asked how it went hears it now."""
+        if self.owes_reply:
+            self.owes_reply = False
+            self.edge.send_reply(encode_reply(Request.CHECK_DEVICE_STATE, encode_u64(self.transfer.failed)))
+
+    def state_loaded(self) -> None:
+        """Rings go on where the device that was saved left them, unless the front end says something else."""
+        for vring, queue in zip(self.vrings, self.device.queues, strict=True):
+            vring.base, vring.rewound = queue.next_avail, False
 
     # -- rings ---------------------------------------------------------------------------------------------------------
 
@@ -320,16 +377,17 @@ class Session:
     def set_vring_addr(self, address: VringAddress, _: list[int]) -> None:
         """Refused if a part is misaligned or outside memory (R-RING-09). Other ``flags`` alone do not stop a ring."""
         vring = self._vring(address.index)
-        if _places(address) != _places(vring.address):
+        if places(address) != vring.places:
             vring = self._reconfigure(address.index)
         vring.address = None
         self._check_layout(address, vring.size)
         vring.address = address
+        self.dirty.apply(self.device.queues[address.index], address)
 
     def get_vring_base(self, state: VringState, _: list[int]) -> bytes:
         """Stops the ring, kicks included: a late one must not start it, only SET_VRING_KICK may (R-VU-20)."""
         vring = self._reconfigure(state.index)
-        self._replace_kick(state.index, vring, -1)
+        self._replace_kick(vring, -1)
         return VringState(state.index, vring.base).encode()
 
     def set_vring_kick(self, payload: VringFd, fds: list[int]) -> None:
@@ -337,7 +395,7 @@ class Session:
         vring = self._vring(payload.index)
         if fds:
             self.edge.watch_kick(payload.index, fds[0])
-        self._replace_kick(payload.index, vring, fds.pop() if fds else -1)
+        self._replace_kick(vring, fds.pop() if fds else -1)
         vring.polled = payload.no_fd
         vring.started = True
         if vring.live:
@@ -390,15 +448,8 @@ class Session:
         for name, (start, alignment, length) in parts.items():
             if start % alignment:
                 raise FrontEndError("R-RING-01", f"{name} is misaligned", queue=address.index, address=hex(start))
-            if self._region_of(start, length) is None:
+            if not self.memory.holds(start, length):
                 raise FrontEndError("R-RING-09", f"{name} is outside memory", queue=address.index, address=hex(start))
-
-    def _region_of(self, start: int, length: int) -> Region | None:
-        """The region that has ``length`` bytes from front-end address ``start`` on."""
-        for region in self.memory.regions:
-            if region.front_end_addr <= start <= region.front_end_addr + region.size - length:
-                return region
-        return None
 
     # -- descriptors ---------------------------------------------------------------------------------------------------
 
@@ -409,7 +460,7 @@ class Session:
         self.edge.make_nonblocking(fds[0])
         return fds.pop()
 
-    def _replace_kick(self, index: int, vring: Vring, fd: int) -> None:
+    def _replace_kick(self, vring: Vring, fd: int) -> None:
         if vring.kick_fd >= 0:
             self.edge.unwatch_kick(vring.kick_fd)
             self.edge.close_fd(vring.kick_fd)
@@ -424,7 +475,7 @@ class Session:
     @property
     def suspended(self) -> bool:
         """No ring is live: no memory is written, nobody is called, nothing is asked of the front end (R-VU-54)."""
-        return not any(vring.live for vring in self.vrings)
+        return self._held is not None or not any(vring.live for vring in self.vrings)
 
     def kicked(self, index: int) -> None:
         """The driver has kicked queue ``index``. A kick of a ring that is not live waits in the ring (R-RING-83)."""
@@ -463,8 +514,9 @@ class Session:
         """Starts a queue at its base; a half-consumed chain goes on only if that is where the queue stopped."""
         assert vring.address is not None
         queue = self.device.queues[index]
+        queue.inflight = self.inflight.of(index, vring.size) if self.inflight is not None else None
         queue.start(
-            self.memory,
+            self.memory.table,
             vring.size,
             vring.address.desc,
             vring.address.avail,
@@ -477,13 +529,7 @@ class Session:
 
     def _used_index(self, vring: Vring) -> int | None:
         """The used index in memory of a ring that may not be started yet."""
-        if vring.address is None:
-            return None
-        start = vring.address.used + 2
-        region = self._region_of(start, 2)
-        if region is None:
-            return None
-        return int.from_bytes(self.memory.read(region.gpa + start - region.front_end_addr, 2), "little")
+        return self.memory.number_at(vring.address.used + 2) if vring.address is not None else None
 
     def _begin_anew(self) -> None:
         """The guest was reset, or its driver bound again.
@@ -499,6 +545,7 @@ class Session:
             vring.rewound = False
             if not vring.started:
                 vring.base = 0  # the rings that follow one by one are not evidence of one more reset
+        self._forget_inflight()
         self.device.reset()
         for index, _ in live:
             self._settle(index)
@@ -508,7 +555,7 @@ class Session:
     def set_backend_req_fd(self, _: None, fds: list[int]) -> None:
         self.edge.open_channel(fds[0])
         fds.pop()
-        self._has_channel, self._channel_busy = True, False
+        self._has_channel, self.channel_busy = True, False
         self._tell_of_config()
 
     def config_changed(self) -> None:
@@ -518,7 +565,7 @@ class Session:
 
     def channel_free(self) -> None:
         """The front end has answered the last request, or has had its time (R-VU-97)."""
-        self._channel_busy = False
+        self.channel_busy = False
         self._tell_of_config()
 
     def channel_lost(self) -> None:
@@ -527,33 +574,127 @@ class Session:
 
     def _tell_of_config(self) -> None:
         """One request at a time: changes that come while it is under way become one more (R-VU-54, R-VU-97)."""
-        if not self._config_stale or not self._has_channel or self._channel_busy or self.suspended:
+        if not self._config_stale or not self._has_channel or self.channel_busy or self.suspended:
             return
         need_reply = bool(self.protocol_features & ProtocolFeature.REPLY_ACK)
-        self._config_stale, self._channel_busy = False, need_reply
+        self._config_stale, self.channel_busy = False, need_reply
         request = encode_request(BackEndRequest.CONFIG_CHANGE, need_reply=need_reply)
         self.edge.send_request(request, need_reply=need_reply)
+
+    # -- handover ------------------------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Stops all queues, and does not say so: the front end's wishes are as they were. Safe to call twice."""
+        if self._held is not None:
+            return
+        queues = self.device.queues
+        self._held = frozenset(index for index, vring in enumerate(self.vrings) if vring.live and queues[index].running)
+        for index in self._held:
+            self.edge.poll_ring(index, False)
+            self.vrings[index].base = queues[index].stop()
+            self.device.queue_stopped(index)
+        self.edge.poll_log(False)
+
+    def resume(self) -> None:
+        """Goes on where suspend() stopped, here or in the process that took the session over."""
+        if self._held is None:
+            return
+        held, self._held = sorted(self._held), None
+        for queue, vring in zip(self.device.queues, self.vrings, strict=True):
+            queue.call_fd = vring.call_fd
+        self._log_anew()
+        for index in [index for index in held if self._restart(index, self.vrings[index])]:
+            self.edge.poll_ring(index, self.vrings[index].polled)
+            self.device.queue_started(index)
+        self._tell_of_config()
+
+    def give(self, parcel: Parcel) -> dict[str, Any]:
+        """A suspended session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
+
+        The device's own state is not in it, nor the socket and the channel, which are the edge's.
+        """
+        assert self._held is not None
+        return {
+            "transfer": self.transfer.give(),
+            "protocol_features": int(self.protocol_features),
+            "status": self.status,
+            "regions": self.memory.give(parcel),
+            "vrings": [vring.give(parcel) | {"held": at in self._held} for at, vring in enumerate(self.vrings)],
+            "dirty": self.dirty.give(parcel),
+            "inflight": [self.inflight.give(parcel)] if self.inflight is not None else [],
+            "channel_busy": self.channel_busy,
+            "config_stale": self._config_stale,
+        }
+
+    def take(self, fields: Fields, delivery: Delivery, *, has_channel: bool) -> None:
+        """Becomes the suspended session that give() described, and does not touch the device before resume().
+
+        Raises DocumentError, FrontEndError; release() undoes what was done until then.
+        """
+        self._held = frozenset()
+        self.transfer.take(fields.object("transfer"))
+        features = fields.integer("protocol_features", 0, OFFERED)
+        if features & ~OFFERED:
+            raise DocumentError(f"{fields.where}: protocol features {features:#x} are not all offered here")
+        self.protocol_features = ProtocolFeature(features)
+        self.status = fields.integer("status", 0, 0xFF)
+        self.memory.take(fields, "regions", delivery)
+        self._held = self._take_vrings(fields, delivery)
+        self.dirty.take(fields.object("dirty"), delivery)
+        for state in fields.each("inflight", 1, Fields):
+            self.inflight = InflightRegion.take(self.edge, state, delivery, len(self.vrings))
+        self._has_channel = has_channel
+        self.channel_busy = fields.boolean("channel_busy")
+        self._config_stale = fields.boolean("config_stale")
+        fields.end()
+
+    def _take_vrings(self, fields: Fields, delivery: Delivery) -> frozenset[int]:
+        """Takes all rings; says which of them have to run after resume()."""
+        states = fields.each("vrings", len(self.vrings), Fields)
+        if len(states) != len(self.vrings):
+            raise DocumentError(f"{fields.where}: {len(states)} rings, but the device has {len(self.vrings)} queues")
+        held = set()
+        for index, (vring, state) in enumerate(zip(self.vrings, states, strict=True)):
+            vring.take(index, state, delivery)
+            if state.boolean("held"):
+                held.add(index)
+            state.end()
+            self._check_taken(index, vring, runs=index in held)
+        return frozenset(held)
+
+    def _check_taken(self, index: int, vring: Vring, *, runs: bool) -> None:
+        """What a living front end would have been told of. Raises FrontEndError, DocumentError."""
+        if runs and (not vring.live or vring.address is None):
+            raise DocumentError(f"vring {index} runs without having been started")
+        if runs and vring.address is not None:
+            self._check_layout(vring.address, vring.size)
+        if vring.kick_fd >= 0:  # whether it can be waited for
+            self.edge.watch_kick(index, vring.kick_fd)
+            self.edge.unwatch_kick(vring.kick_fd)
+        for fd in (vring.call_fd, vring.err_fd):
+            if fd >= 0:
+                self.edge.make_nonblocking(fd)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """The front end has gone: stops all rings, gives up its memory and descriptors, resets the device (R-VU-75)."""
+        """The front end has gone: stops all rings, gives everything back, resets the device (R-VU-75)."""
         for index, vring in enumerate(self.vrings):
             if vring.live:
                 self._leave(index, vring)
-            self._replace_kick(index, vring, -1)
-            self._close(vring.call_fd)
-            self._close(vring.err_fd)
-            self.device.queues[index].call_fd = -1
-            self.vrings[index].call_fd = self.vrings[index].err_fd = -1
-        self.memory = Memory()
+        self.release()
         self.device.reset()
 
-
-def _places(address: VringAddress | None) -> tuple[int, int, int] | None:
-    return (address.desc, address.avail, address.used) if address is not None else None
-
-
-def _same_range(region: Region, gone: MemoryRegion) -> bool:
-    """Where in its file the region starts does not count (R-VU-33)."""
-    return (region.gpa, region.size, region.front_end_addr) == (gone.gpa, gone.size, gone.front_end_addr)
+    def release(self) -> None:
+        """Gives back what came from the front end, and leaves the device as it is. No ring may run."""
+        for queue, vring in zip(self.device.queues, self.vrings, strict=True):
+            queue.call_fd = -1
+            queue.log_to(None)
+            self._replace_kick(vring, -1)
+            self._close(vring.call_fd)
+            self._close(vring.err_fd)
+            vring.call_fd = vring.err_fd = -1
+        self.edge.poll_log(False)
+        self._drop_inflight()
+        self.dirty.close()
+        self.memory.clear()
