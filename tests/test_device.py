@@ -2,6 +2,7 @@
 
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,9 +12,11 @@ from vsport.connection import Cause, State
 from vsport.constants import QUEUE_CONTROL_RX, QUEUE_CONTROL_TX, Event, Feature, rx_queue, tx_queue
 from vsport.control import Message
 from vsport.device import SerialDevice
+from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
-from vsport.port import PortConfig
+from vsport.port import Away, BackEnd, Manners, PortConfig
 from vsport.sim import HOSTILE, LINUX, Direct, SimulatedGuest
+from vsport.snapshot import PortState, Snapshot
 
 
 class Recorder:
@@ -495,3 +498,116 @@ def test_random_mischief_in_guest_memory_breaks_queues_at_most():
 def test_errors_name_rule_and_values():
     error = GuestError("R-RING-71", "head outside of the ring", head=300, size=256)
     assert str(error) == "R-RING-71: head outside of the ring (head=300, size=256)"
+
+
+# -- moving ------------------------------------------------------------------------------------------------------------
+
+
+class Witness(BackEnd):
+    """A back end that is no chardev, and remembers what it was told."""
+
+    def __init__(self, state=b""):
+        self.state = state
+        self.heard = []
+
+    def guest_connected(self, connected, cause):
+        self.heard.append((connected, cause))
+
+    def save(self):
+        return self.state
+
+    def check(self, state):
+        if state[:1] == b"?":
+            raise DocumentError("these are no words of mine")
+
+    def load(self, state):
+        self.state = state
+
+
+def moved_pair(**manners):
+    """A device whose port 1 is open in the guest and connected, paused; and one like it that has just been made."""
+    source, target = SerialDevice(max_ports=4), SerialDevice(max_ports=4)
+    for device in (source, target):
+        port = device.add_port(PortConfig(1, "org.test.1"), Manners(**manners))
+        device.attach(port, Witness(b"words" if device is source else b""))
+    attachment = Direct(source, memory_mib=1)
+    guest = SimulatedGuest(attachment, queue_size=8)
+    guest.boot()
+    guest.run()
+    source.ports[1].feed(Cause.HOST_CONNECT)
+    guest.run()
+    guest.port("org.test.1").open()
+    return source, target, guest
+
+
+def test_a_running_device_is_neither_saved_nor_restored():
+    """R-VU-91."""
+    source, target, _guest = moved_pair()
+    with pytest.raises(UsageError, match="the device runs"):
+        source.snapshot()
+    with pytest.raises(UsageError, match="the device runs"):
+        source.restore(target.snapshot())
+
+
+def test_what_is_saved_is_what_is_restored():
+    """R-MIG-23: nothing that the guest can notice is left out, and saving changes nothing."""
+    source, target, guest = moved_pair()
+    guest.attachment.pause()
+    snapshot = source.snapshot()
+    assert snapshot == source.snapshot() == Snapshot.decode(snapshot.encode())
+    target.restore(snapshot, carried={1})
+    assert target.snapshot() == snapshot
+    assert target.ports[1].state is State.A
+    assert target.ports[1].back_end.state == b"words"
+    assert target.ports[1].back_end.heard == [(True, Cause.HANDOVER)]
+
+
+def test_a_restored_port_without_its_host_tells_both_sides():
+    """The back end hears a close and an open; the guest will hear that the host of before is gone."""
+    source, target, guest = moved_pair()
+    guest.attachment.pause()
+    moves = []
+    target.on_transition = lambda port, cause, before: moves.append((before, cause, port.state))
+    target.restore(source.snapshot())
+    assert target.ports[1].back_end.heard == [(False, Cause.RESTORE), (True, Cause.RESTORE)]
+    assert target.ports[1].state is State.D
+    assert target.snapshot().waiting == (Message(1, Event.PORT_OPEN, 0),)
+    assert moves == [
+        (State.B_UNREADY, Cause.RESTORE, State.A),
+        (State.A, Cause.HOST_DISCONNECT, State.D),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: replace(s, max_ports=5), "max_ports=5, this device 4"),
+        (lambda s: replace(s, features=s.features | Feature.LOG_ALL), "features that this device has not"),
+        (lambda s: replace(s, ports=()), "1 is too much"),
+        (lambda s: replace(s, ports=(*s.ports, PortState(PortConfig(2), State.B, added=True))), "2 is missing here"),
+        (
+            lambda s: replace(s, ports=(replace(s.ports[0], config=PortConfig(1, "org.test.other")),)),
+            "port 1: name was 'org.test.other' and is 'org.test.1' here",
+        ),
+        (
+            lambda s: replace(s, ports=(replace(s.ports[0], config=PortConfig(1, "org.test.1", console=True)),)),
+            "port 1: console was True and is False here",
+        ),
+        (lambda s: replace(s, ports=(replace(s.ports[0], back_end=b"?"),)), "port 1: these are no words of mine"),
+    ],
+)
+def test_a_snapshot_that_does_not_fit_changes_nothing(change, message):
+    """R-VU-92, all or nothing: one line says what is different."""
+    source, target, guest = moved_pair()
+    guest.attachment.pause()
+    before = target.snapshot()
+    with pytest.raises(DocumentError, match=message):
+        target.restore(change(source.snapshot()))
+    assert target.snapshot() == before
+    assert target.ports[1].back_end.heard == []
+
+
+def test_a_console_does_not_hold_what_nobody_takes():
+    """R-CON-45."""
+    with pytest.raises(UsageError, match="away=hold is not for a console"):
+        SerialDevice().add_port(PortConfig(0, console=True), Manners(away=Away.HOLD))

@@ -148,6 +148,11 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         metavar="KIND[,...]",
         help="the guest's side: a port (virtserialport, virtconsole), or virtio-serial,max_ports=N; 'help' as above",
     )
+    serve.add_argument(
+        "--events",
+        metavar="PATH",
+        help="write what happens to the ports to this file or FIFO, one JSON object a line; - is standard output",
+    )
     serve.add_argument("--handover", metavar="PATH", help="let another process take the live device over, at PATH")
     serve.add_argument(
         "--takeover",

@@ -18,6 +18,7 @@ from vsport.addresses import UnixAddress
 from vsport.chardev import KINDS
 from vsport.chardev.base import Chardev
 from vsport.errors import HostError, UsageError
+from vsport.events import EventLog, open_events
 from vsport.handover import Cargo, Offer, Takeover
 from vsport.host import Host
 from vsport.loop import Loop
@@ -97,14 +98,14 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         if arguments.takeover is not None:
             return _take_over(loop, arguments)
-        return _Daemon(loop, arguments.chardev, arguments.device).run(arguments)
+        return _Daemon(loop, arguments.chardev, arguments.device, arguments.events).run(arguments)
     finally:
         loop.close()
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """What can be said of the options by themselves; raises UsageError."""
-    for option in ("--socket-path", "--handover", "--takeover"):
+    for option in ("--socket-path", "--handover", "--takeover", "--events"):
         if _value(arguments, option) == "":
             raise UsageError(f"{option} is empty")
     if arguments.handover is not None:
@@ -126,10 +127,11 @@ def _value(arguments: argparse.Namespace, option: str) -> Any:
 def _take_over(loop: Loop, arguments: argparse.Namespace) -> int:
     """Goes on with the device of the process that offers it at --takeover PATH."""
     again = arguments.handover is not None and _same_file(arguments.handover, arguments.takeover)
+    events = arguments.events if arguments.events in (None, "-") else os.path.abspath(arguments.events)
     elsewhere = None if again or arguments.handover is None else os.path.abspath(arguments.handover)
     with Takeover(arguments.takeover) as takeover:
         configuration = takeover.configuration()
-        daemon = _Daemon(loop, configuration.chardevs, configuration.devices)
+        daemon = _Daemon(loop, configuration.chardevs, configuration.devices, events)
         daemon.take(takeover, keep_offer=again, offer_at=elsewhere)
     return daemon.go_on()
 
@@ -142,14 +144,15 @@ def _same_file(one: str, other: str) -> bool:
 
 
 class _Daemon:
-    """Host and server on one loop, until a signal. Raises UsageError."""
+    """Host and server on one loop, until a signal. Raises UsageError, HostError."""
 
-    def __init__(self, loop: Loop, chardevs: Sequence[str], devices: Sequence[str]) -> None:
+    def __init__(self, loop: Loop, chardevs: Sequence[str], devices: Sequence[str], events: str | None) -> None:
         self.loop = loop
         self.host = Host(loop, parse_configuration(chardevs, devices))
         self.server = Server(self.host.device, loop)
         self.server.on_disconnected = self._front_end_left
         self.cargo = Cargo(self.host, self.server, chardevs, devices)
+        self.events = None if events is None else EventLog(loop, self.host.device, open_events(events))
         self.offer: Offer | None = None
         self.exit_code: int | None = None
 
@@ -205,6 +208,8 @@ class _Daemon:
             self.offer.close()
         self.server.close()
         self.host.close()
+        if self.events is not None:
+            self.events.close()
 
     def _obey_signals(self) -> None:
         for number, exit_code in _EXIT_CODES.items():
