@@ -4,7 +4,8 @@ import itertools
 import json
 
 from vsport import demo
-from vsport.connection import State
+from vsport.cli import main
+from vsport.connection import LETS_THROUGH, Policy, State
 
 
 def test_the_simulated_story_is_told_to_its_end(capsys):
@@ -31,3 +32,34 @@ def test_the_timeline_shows_who_was_connected_when():
     guest, host, _scale = (line.split()[-1] for line in timeline.draw().splitlines())
     assert guest == "·" * 15 + "█" * 30 + "·" * 15
     assert host == "·" * 30 + "█" * 30
+
+
+# -- a machine is moved ------------------------------------------------------------------------------------------------
+
+
+def test_of_all_policies_silence_alone_kills_the_agent(capsys):
+    """The story of 2011, and what each of its four answers has the new back end told."""
+    assert demo.run_moves(as_json=True) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    happenings, outcomes = told[:-5], told[-5:]
+    assert all({"seconds", "who", "what"} == thing.keys() for thing in happenings)
+    assert [outcome["policy"] for outcome in outcomes] == ["silent", "replay", "backend", "reconnect", "default"]
+    assert [outcome["answered"] for outcome in outcomes] == [False, True, True, True, True]
+    assert outcomes[0]["told"] == []
+    assert outcomes[1]["told"] == ["open"]
+    assert outcomes[3]["told"] == outcomes[4]["told"] == ["what it saved", "closed", "open"]
+
+
+def test_the_moves_end_in_a_table(capsys):
+    assert main(["demo", "--migrate"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert any("the agent is dead to it" in line for line in told)
+    policies = ["silent", "replay", "backend", "reconnect", "default"]
+    assert [line.split()[0] for line in told[-7:-1]] == ["restore=", *policies]
+    assert max(map(len, told)) <= 90
+
+
+def test_moves_that_do_not_go_as_told_are_an_error(capsys, monkeypatch):
+    monkeypatch.setitem(LETS_THROUGH, Policy.REPLAY, frozenset())
+    assert main(["demo", "--migrate", "--json"]) == 1
+    assert "restore=replay" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_a_snapshot_on_one_screen(write):
         "port 0: closed in the guest, the host was connected.",
         "port 1: open in the guest, and the host was connected. The new back end is told that the guest has it open",
         "port 1: half-sent: a host took the first 4096 bytes of the chain at available index 12 in queue 5",
-        "port 1: its back end gets back what it kept for itself, 15 bytes.",
+        "port 1: its back end gets back what it kept for itself (15 B).",
         "port 3: the driver has not been told of it, and is when it asks for its ports.",
         "gets them in this order: port 1: its host has left port 3: its name is org.test.3 Nothing in it contradicts",
     ):

@@ -174,9 +174,6 @@ def move(machine, front_end, memory, state):
     machine.attachment.move_to(front_end, memory)
     front_end.load(state)
     machine.front_end, machine.memory = front_end, memory
-    machine.guest.memory = memory.memory
-    for ring in machine.guest._rings.values():
-        ring._memory = memory.memory
     machine.attachment.resume()
     before.close()
     old.close()

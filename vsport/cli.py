@@ -210,6 +210,12 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
     demo.add_argument(
         "--guest", choices=["sim", "uml", "qemu"], default="sim", help="simulated (default), or a real Linux kernel"
     )
+    demo.add_argument(
+        "--migrate",
+        action="store_true",
+        help="the story of 2011 instead: an agent in the guest, and its machine is moved. With a real kernel,\n"
+        "the device goes to another process",
+    )
     demo.add_argument("--json", action="store_true", help="one object a line, one for each thing that happened")
     demo.add_argument("--lab", type=place, metavar="DIR", help="where the lab is kept; default as in vsport lab")
 
@@ -258,9 +264,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     from vsport import demo
 
     if arguments.guest == "sim":
+        if arguments.migrate:
+            return demo.run_moves(as_json=arguments.json)
         return demo.run(demo.simulated, as_json=arguments.json)
-    from vsport.lab.demo import on_a_kernel
+    from vsport.lab.demo import on_a_kernel, run_handover
 
+    if arguments.migrate:
+        return run_handover(arguments.guest, arguments.lab, as_json=arguments.json)
     return demo.run(on_a_kernel(arguments.guest, arguments.lab), as_json=arguments.json)
 
 

@@ -2,6 +2,9 @@
 
 The story is the same on every Stage: a guest opens its port, bytes flow both ways, the host leaves and returns, the
 guest closes. Only the guest differs: simulated here, or a real Linux kernel in vsport.lab.demo.
+
+`vsport demo --migrate` is the other story, that of 2011: an agent in the guest holds its port open while its machine is
+moved to another host, whose back end was made a moment ago and knows nothing of the guest.
 """
 
 from __future__ import annotations
@@ -12,26 +15,47 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from vsport.connection import Cause, State
+from vsport.chardev.base import Chardev
+from vsport.connection import Cause, Policy, State
 from vsport.errors import HostError
 from vsport.host import Host
 from vsport.loop import Loop
 from vsport.options import parse_configuration
 from vsport.port import Port
+from vsport.pump import PortPump
 from vsport.sim import Direct, GuestPort, SimulatedGuest
+from vsport.snapshot import Snapshot
 
-__all__ = ["PORT_NAME", "HostProgram", "SimulatedStage", "Stage", "Timeline", "configure", "run", "simulated", "tell"]
+__all__ = [
+    "PATIENCE",
+    "PORT_NAME",
+    "Happening",
+    "HostProgram",
+    "Outcome",
+    "SimulatedStage",
+    "Stage",
+    "Timeline",
+    "configure",
+    "run",
+    "run_moves",
+    "simulated",
+    "tell",
+    "tell_moves",
+    "teller",
+]
 
 PORT_NAME = "org.vsport.demo.0"
 PATIENCE = 10.0
 """Seconds that any one step may take."""
 PACE = 0.15
 """Seconds between two steps, so that somebody can follow them, and the timeline has room."""
+SILENCE = 1.0
+"""Seconds after which the host gives up on an agent that does not answer. One that does needs a hundredth of that."""
 _WIDTH = 60
 _ASCII = str.maketrans("█·─", "#.-")
 
@@ -235,6 +259,173 @@ def _talk(
     note("host", f"hears {answer.decode()!r}")
 
 
+# -- a machine is moved ------------------------------------------------------------------------------------------------
+
+
+class _WitnessedPump(PortPump):
+    """A back end that remembers what it is told of the guest."""
+
+    def __init__(self, loop: Loop, port: Port, chardev: Chardev) -> None:
+        super().__init__(loop, port, chardev)
+        self.told: list[str] = []
+
+    def guest_connected(self, connected: bool, cause: Cause) -> None:
+        self.told.append("open" if connected else "closed")
+        super().guest_connected(connected, cause)
+
+    def load(self, state: bytes) -> None:
+        self.told.append("what it saved")
+        super().load(state)
+
+
+class _Home:
+    """A host where the machine is, or where it goes to; its back end is made from nothing."""
+
+    def __init__(self, loop: Loop, socket_path: Path, policy: Policy | None = None) -> None:
+        self.socket_path = socket_path
+        chardevs, (device,) = configure(socket_path)
+        if policy is not None:
+            device += f",restore={policy.value}"
+        self._host = Host(loop, parse_configuration(chardevs, [device]))
+        self.device = self._host.device
+        (id,) = self._host.pumps
+        port = self.device.ports[id]
+        self.pump = self._host.pumps[id] = _WitnessedPump(loop, port, self._host.chardevs["c0"])
+        self.device.attach(port, self.pump)
+        self._host.open()
+
+    def close(self) -> None:
+        self._host.close()
+
+
+class _MovingMachine:
+    """A simulated machine in which an agent holds the port open and answers each question, wherever the machine is."""
+
+    def __init__(self, loop: Loop, home: _Home) -> None:
+        self._loop = loop
+        self.home = home
+        self._attachment = Direct(home.device)
+        self._guest = SimulatedGuest(self._attachment)
+        self._guest.on_interrupt = lambda: loop.call_soon(self._run)
+        self._guest.boot()
+        self._port = self._wait_for_port()
+        self._port.open()
+
+    def _wait_for_port(self) -> GuestPort:
+        if not self._loop.run_until(lambda: any(port.name for port in self._guest.ports.values()), PATIENCE):
+            raise HostError("the guest does not find its port")
+        return self._guest.port(PORT_NAME)
+
+    def _run(self) -> None:
+        self._guest.run()
+        with suppress(BlockingIOError):
+            while question := self._port.read():
+                self._port.write(question.replace(b"question", b"answer"))
+
+    def move_to(self, home: _Home) -> None:
+        """Stops, and goes on at ``home`` with what a stream between the two would bring there."""
+        self._attachment.pause()
+        state = self.home.device.snapshot().encode()
+        home.device.restore(Snapshot.decode(state))
+        self._attachment.move_to(home.device)
+        self._attachment.resume()
+        self.home.close()
+        self.home = home
+
+    def asked(self, number: int) -> float | None:
+        """Seconds until a host program that comes now has the agent's answer; None if it gives up."""
+        program = HostProgram(self.home.socket_path)
+        start = time.monotonic()
+        program.says(b"question %d; " % number)
+        answered = self._loop.run_until(lambda: b"answer %d; " % number in program.heard(), SILENCE)
+        seconds = time.monotonic() - start
+        program.leaves()
+        return seconds if answered else None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a policy led to."""
+
+    policy: str
+    """As it is given to restore=; "default" stands for nothing given."""
+    told: list[str]
+    """What the back end on the new host was told of the guest, in order."""
+    answered: bool
+    as_expected: bool
+
+
+_EXPECTED: dict[Policy | None, tuple[list[str], bool]] = {
+    Policy.SILENT: ([], False),
+    Policy.REPLAY: (["open"], True),
+    Policy.BACKEND: (["what it saved"], True),
+    Policy.RECONNECT: (["what it saved", "closed", "open"], True),
+    None: (["what it saved", "closed", "open"], True),
+}
+"""What each policy has the new back end told, and whether the host has its answer after that."""
+
+
+def tell_moves(directory: Path, say: Callable[[Happening], None]) -> list[Outcome]:
+    """The story of 2011, once for each policy, with its sockets in ``directory``. Raises HostError."""
+    timeline = Timeline()
+
+    def note(who: str, what: str) -> None:
+        say(timeline.note(who, what))
+
+    outcomes = []
+    for number, policy in enumerate(_EXPECTED):
+        with closing(Loop()) as loop:
+            outcomes.append(_tell_move(loop, directory, number, policy, note))
+    return outcomes
+
+
+def _tell_move(
+    loop: Loop, directory: Path, number: int, policy: Policy | None, note: Callable[[str, str], None]
+) -> Outcome:
+    source = _Home(loop, directory / f"{number}.old")
+    with closing(source), closing(_Home(loop, directory / f"{number}.new", policy)) as target:
+        machine = _MovingMachine(loop, source)
+        if machine.asked(1) is None:
+            raise HostError("the agent does not answer even before its machine is moved")
+        note("host", "asks, and the agent in the guest answers; its port stays open")
+        machine.move_to(target)
+        name = policy.value if policy else "default"
+        told = target.pump.told
+        note("vmm", f"moves the machine, {f'restore={name}' if policy else 'nothing said of restore'}")
+        note("host", f"the new back end is told: {', '.join(told) or 'nothing'}")
+        seconds = machine.asked(2)
+        if seconds is None:
+            note("host", f"asks; no answer within {SILENCE} s: the agent is dead to it")
+        else:
+            note("host", f"asks, and is answered after {seconds * 1000:.1f} ms")
+        return Outcome(name, told, seconds is not None, (told, seconds is not None) == _EXPECTED[policy])
+
+
+def run_moves(*, as_json: bool) -> int:
+    """Tells the story of 2011; returns the exit code: 0 if each policy led to what it stands for. Raises HostError."""
+    if not as_json:
+        print("\nA machine with an agent is moved to a host that knows nothing of it:\n", flush=True)
+    with tempfile.TemporaryDirectory(prefix="vsport-demo-") as directory:
+        outcomes = tell_moves(Path(directory), teller(as_json=as_json))
+    if as_json:
+        for outcome in outcomes:
+            print(json.dumps({"policy": outcome.policy, "told": outcome.told, "answered": outcome.answered}))
+    else:
+        print(f"\n{_table(outcomes)}\n")
+    if wrong := [outcome.policy for outcome in outcomes if not outcome.as_expected]:
+        raise HostError(f"this is not what restore={wrong[0]} stands for")
+    return 0
+
+
+def _table(outcomes: list[Outcome]) -> str:
+    rows = [("restore=", "the back end was told", "the agent answered")]
+    rows += [(each.policy, ", ".join(each.told) or "nothing", "yes" if each.answered else "no") for each in outcomes]
+    return "\n".join(f"  {policy:<10} {told:<30} {answered}" for policy, told, answered in rows)
+
+
+# -- on standard output ------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def simulated(socket_path: Path) -> Iterator[Stage]:
     """The stage without a virtual machine."""
@@ -253,7 +444,7 @@ def run(set_up: Callable[[Path], AbstractContextManager[Stage]], *, as_json: boo
     ):
         if not as_json:
             print(f"\nA port between a host program and {stage.describe()}:\n", flush=True)
-        tell(stage, _say_json if as_json else _say)
+        tell(stage, teller(as_json=as_json))
         if not as_json:
             print(f"\nWho was connected when:\n\n{_drawable(stage.timeline.draw())}\n")
     return 0
@@ -266,6 +457,11 @@ def _drawable(drawing: str) -> str:
     except UnicodeEncodeError:
         return drawing.translate(_ASCII)
     return drawing
+
+
+def teller(*, as_json: bool) -> Callable[[Happening], None]:
+    """What prints each thing as it happens."""
+    return _say_json if as_json else _say
 
 
 def _say(happening: Happening) -> None:

@@ -243,8 +243,9 @@ class Port:
     def restore(self, saved: PortState, cause: Cause, *, carried: bool) -> None:
         """The port goes on where ``saved`` ends, which check() has found good; its rings stand still.
 
-        ``cause`` is RESTORE or HANDOVER, and ``carried`` says that the host's session came along. If it did not, the
-        guest is told that its host has left, and if there is one here, that it has come: no splice.
+        ``cause`` is RESTORE or HANDOVER, and ``carried`` says that the host's session came along. If it did not, or if
+        on_restore=reopen wants it so, the guest is told that its host has left, and if there is one here, that it has
+        come: no splice.
         """
         here = self.state.host_connected
         before, self.state = self.state, saved.state
@@ -253,7 +254,7 @@ class Port:
         self.links.transition(self, cause, before)
         self._back_end_state = saved.back_end
         self._teach_back_end(cause)
-        if self.state.host_connected and not carried:
+        if self.state.host_connected and not (carried and self.manners.on_restore is not OnRestore.REOPEN):
             self._begin_session(here, cause)
         if here and not self.state.host_connected:
             self.back_end.announce_host(self)
@@ -320,11 +321,19 @@ class Port:
 
         A ring that stands still, as in a pause, keeps it until it runs.
         """
+        self.give_up()
+        if self.holds:
+            self.stale = self.stale and not self.tx.running
+
+    def give_up(self) -> None:
+        """The host takes no more, or has gone: what it was to have is dropped, or waits for the next one (away=hold).
+
+        The rest of a half-consumed chain is always dropped: no other host could make sense of it.
+        """
         if self.holds:
             with self.blaming(self.tx):
                 self.drop(self.tx.return_partial(), Whose.GUEST)
                 self.notify(self.tx)
-                self.stale = self.stale and not self.tx.running
         else:
             self.discard()
 

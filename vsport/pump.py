@@ -112,7 +112,7 @@ class PortPump(BackEnd):
     def tx_ready(self) -> None:
         """The guest has sent something. A host that is full is not asked again until the loop says that it has room."""
         if self._host_is_deaf:
-            self.port.discard()
+            self.port.give_up()
         elif not self._host_is_slow:
             self._drain()
 
@@ -179,7 +179,7 @@ class PortPump(BackEnd):
             self._end_session(error.strerror or str(error))
             return
         self._host_is_deaf, self._host_is_slow = True, False
-        self.port.discard()
+        self.port.give_up()
         self._watch()
 
     def _reading(self) -> bool:

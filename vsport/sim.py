@@ -139,6 +139,10 @@ class Direct:
         for index in self._queues:
             self._start(index, base=self.device.queues[index].next_avail, reset=False)
 
+    def move_to(self, device: SerialDevice) -> None:
+        """The paused machine is on another host, whose ``device`` has been restored: resume() starts it there."""
+        device.on_call, self.device = self.device.on_call, device
+
     def kick(self, index: int) -> None:
         self.device.kick(index)
 
@@ -155,14 +159,14 @@ class _Ring:
 
     def __init__(self, guest: SimulatedGuest, index: int, buffer_size: int) -> None:
         self._attachment = guest.attachment
-        self._memory = guest.attachment.memory
+        self._guest = guest
         self._index = index
         size = guest.queue_size
         self._piece = guest.profile.piece or buffer_size
         self._indirect = bool(guest.features & Feature.INDIRECT_DESC) and buffer_size > self._piece
         self.buffer_size = buffer_size = buffer_size if self._indirect else min(buffer_size, size * self._piece)
         self._queue = DriverQueue(
-            self._memory,
+            guest.memory,
             guest.allocate(DriverQueue.footprint(size)),
             size,
             event_idx=bool(guest.features & Feature.EVENT_IDX),
@@ -190,10 +194,24 @@ class _Ring:
             else self._queue.add(readable=elements, indirect_table=table)
         )
         self._busy[head] = gpa
+        if table:
+            self._guest.on_write(table, 16 * len(elements))
 
     def _publish(self) -> None:
-        if self._queue.publish():
+        kick = self._queue.publish()
+        self._guest.on_write(self._queue.desc, 16 * self._queue.size)
+        self._wrote_avail()
+        if kick:
             self._attachment.kick(self._index)
+
+    def _collect(self) -> tuple[int, int] | None:
+        used = self._queue.collect()
+        self._wrote_avail()
+        return used
+
+    def _wrote_avail(self) -> None:
+        """Also who collects writes there: used_event."""
+        self._guest.on_write(self._queue.avail, 6 + 2 * self._queue.size)
 
     # receiving
 
@@ -205,12 +223,12 @@ class _Ring:
 
     def take(self) -> bytes | None:
         """The bytes of the next filled buffer, which is offered again at once; None if there is none."""
-        used = self._queue.collect()
+        used = self._collect()
         if used is None:
             return None
         head, length = used
         gpa = self._busy.pop(head)
-        data = self._memory.read(gpa, length)
+        data = self._guest.memory.read(gpa, length)
         self._offer(gpa, self.buffer_size, writable=True)
         self._publish()
         return data
@@ -222,14 +240,15 @@ class _Ring:
         if not self.reclaim():
             return False
         gpa = self._free.pop()
-        self._memory.write(gpa, data)
+        self._guest.memory.write(gpa, data)
+        self._guest.on_write(gpa, len(data))
         self._offer(gpa, len(data), writable=False)
         self._publish()
         return True
 
     def reclaim(self) -> int:
         """Takes back what the device has consumed; says how many buffers are free."""
-        while (used := self._queue.collect()) is not None:
+        while (used := self._collect()) is not None:
             self._free.append(self._busy.pop(used[0]))
         return len(self._free)
 
@@ -327,16 +346,22 @@ class SimulatedGuest:
         features: int | None = None,
     ) -> None:
         self.attachment = attachment
-        self.memory = attachment.memory
         self.profile = profile
         self.queue_size = queue_size
         self.features = attachment.features if features is None else attachment.features & features
         self.ports: dict[int, GuestPort] = {}
         self.on_interrupt: Callable[[], None] = lambda: None
         """Called when the device interrupts, e.g. to have run() called by a loop."""
+        self.on_write: Callable[[int, int], None] = lambda _gpa, _size: None
+        """Called after the guest itself has written to that much of its memory, as a hypervisor's dirty log sees it."""
         self._rings: dict[int, _Ring] = {}
         self._next_free = 0
         self._late: list[Message] = []
+
+    @property
+    def memory(self) -> Memory:
+        """Where the attachment has it: a guest that was moved goes on in the copy."""
+        return self.attachment.memory
 
     # -- life ----------------------------------------------------------------------------------------------------------
 

@@ -159,7 +159,7 @@ def _meanings(port: PortState, transmit: Mapping[int, QueueState]) -> Iterator[s
     if port.stale:
         yield "what it sent to a host that left while the machine stood still goes back to the guest, unsent."
     if port.back_end:
-        yield f"its back end gets back what it kept for itself, {len(port.back_end)} bytes."
+        yield f"its back end gets back what it kept for itself ({len(port.back_end)} B)."
 
 
 def _half_sent(queue: QueueState, *, host: bool) -> str:

@@ -163,6 +163,10 @@ class PageLog:
         self.fd = make_shared("dirty-log", self.size)
         self._log = DirtyLog(mmap.mmap(self.fd, self.size), 0, self.size)
 
+    def mark(self, gpa: int, size: int) -> None:
+        """The guest itself has written there: a VMM's log has these pages, too."""
+        self._log.mark(gpa, size)
+
     def take(self) -> list[int]:
         """The guest-physical addresses of the pages written to since the last time.
 
