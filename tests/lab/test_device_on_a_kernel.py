@@ -327,6 +327,70 @@ def test_a_driver_that_is_unbound_and_bound_again_starts_anew(world):
             assert echoing.wait(PATIENCE) == 0
 
 
+FILL = """
+import sys
+from guest_tools import open_port
+for _ in range(int(sys.argv[1])):
+    with open_port("org.test.2", wait_host=True) as channel:
+        while channel.write_now(b"x" * 4096) or channel.refused:
+            pass
+        print("full", flush=True)
+        sys.stdin.readline()
+"""
+
+
+def test_a_port_survives_two_hundred_sessions_that_end_half_way(world):
+    """R-CON-48: no stuck chain. Each host leaves a ring that is full and throttled, and the guest closes and opens."""
+    with world.python(FILL, 200, stdin=PIPE) as filler:
+        for _ in range(200):
+            with world.connect(2):
+                assert filler.stdout.readline() == b"full\n"
+            world.wait_for_state(2, State.D)
+            filler.stdin.write(b"\n")
+            filler.stdin.flush()
+        assert filler.wait(PATIENCE) == 0
+    echo = "from guest_tools import open_port; c = open_port('org.test.2', wait_host=True); c.write(c.read())"
+    with world.connect(2) as host, world.python(echo) as echoing:
+        host.sendall(b"after all that")
+        assert receive(host, 14) == hashlib.sha256(b"after all that").hexdigest()
+        assert echoing.wait(PATIENCE) == 0
+    world.wait_for_state(2, State.B)
+
+
+def test_a_host_that_leaves_while_the_vm_is_paused_is_not_slept_through(lab_tree, tmp_path):
+    """Nothing slept through: QEMU 11.1 leaves its guest with a port that is open for ever."""
+    monitor = ["-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"]
+    with contextlib.ExitStack() as stack:
+        world = stack.enter_context(contextlib.closing(World("qemu", lab_tree, tmp_path, device_args=monitor)))
+        holder = stack.enter_context(world.guest.popen(["vsport-open", "--hold", "org.test.1", "--json"]))
+        qmp = stack.enter_context(socket.socket(socket.AF_UNIX))
+
+        def event():
+            return json.loads(holder.stdout.readline())["event"]
+
+        assert event() == "waiting"
+        qmp.connect(str(tmp_path / "qmp"))
+        talk = qmp.makefile("rw")
+        talk.readline()
+        ask(talk, "qmp_capabilities")
+        host = world.connect(1)
+        assert event() == "host_connected"
+        ask(talk, "stop")
+        host.close()
+        world.wait_for_state(1, State.D)
+        ask(talk, "cont")
+        assert event() == "host_left"
+
+        host = world.connect(1)
+        assert event() == "host_connected"
+        ask(talk, "stop")
+        host.close()
+        world.wait_for_state(1, State.D)
+        host = stack.enter_context(world.connect(1))
+        ask(talk, "cont")
+        assert [event(), event()] == ["host_left", "host_connected"]
+
+
 def test_a_paused_vm_forgets_nothing(lab_tree, tmp_path):
     """R-VU-70, R-VU-71, R-MIG-25: QEMU's stop and cont look like a restart of every ring; the port stays open."""
     monitor = ["-qmp", f"unix:{tmp_path}/qmp,server=on,wait=off"]

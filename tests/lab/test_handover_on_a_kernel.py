@@ -28,7 +28,7 @@ AGENT = "org.qemu.guest_agent.0"
 class Line:
     """A guest on a device that goes from process to process, and the hosts' sockets."""
 
-    def __init__(self, directory, boot, running, names):
+    def __init__(self, directory, boot, running, names, manners=""):
         self.directory = directory
         self.offer = directory / "offer"
         self.options = ["--handover", str(self.offer), "--log-level", "info"]
@@ -38,7 +38,7 @@ class Line:
         devices = []
         for number, name in enumerate(names, start=1):
             devices += ["--chardev", f"socket,id=c{number},path={directory}/{number},server=on,wait=off"]
-            devices += ["--device", f"virtserialport,chardev=c{number},name={name}"]
+            devices += ["--device", f"virtserialport,chardev=c{number},name={name}{manners}"]
         socket_path = directory / "vm"
         log = directory / "log0"
         self.process = self._processes.enter_context(daemon(socket_path, [*devices, *self.options], log))
@@ -64,8 +64,8 @@ class Line:
 
 @pytest.fixture
 def line(short_path, boot, running):
-    """Makes a Line with ports of these names."""
-    return lambda names: Line(short_path, boot, running, names)
+    """Makes a Line with ports of these names, and with these options more on each."""
+    return lambda names, manners="": Line(short_path, boot, running, names, manners)
 
 
 # -- many bytes ----------------------------------------------------------------------------------------------------
@@ -275,3 +275,14 @@ def test_the_guest_agent_answers_over_the_same_socket_and_the_next_one(line):
         assert program.poll() is None, program.stderr.read()
     assert next(numbers) == 151
     assert len(line.pauses()) == 50
+
+
+def test_a_session_that_counts_as_new_closes_and_opens_the_port(line):
+    """No splice: with on_restore=reopen the kernel's programs see the host leave and another one come."""
+    line = line([QUIET], ",on_restore=reopen")
+    with line.connect(1) as host, line.guest.popen(["vsport-open", "--hold", QUIET, "--json"]) as holder:
+        assert event(holder) == "host_connected"
+        for _ in range(5):
+            line.hand_over()
+            assert [event(holder), event(holder)] == ["host_left", "host_connected"]
+        host.sendall(b"still the same socket")
