@@ -14,6 +14,7 @@ from worlds import World, generic_port, unix_chardev, unix_client
 
 from vsport.chardev.base import Chardev
 from vsport.connection import State
+from vsport.port import Whose
 from vsport.pump import SETTLE_SECONDS, PortPump
 from vsport.sim import HOSTILE, LINUX
 
@@ -503,3 +504,15 @@ def test_idle_ports_ask_for_nothing(joined):
     assert world.read(port, 8) == b"one word"
     world.loop.run_until(lambda: False, 0.05)
     assert rounds_of_the_loop(world, 0.2) < 5
+
+
+def test_what_a_host_said_is_counted_if_the_port_is_unplugged_before_anybody_reads_it(tmp_path):
+    """Nothing is dropped silently."""
+    with contextlib.closing(World([unix_chardev(1, tmp_path / "s")], [generic_port(1)])) as world:
+        drops = []
+        world.device.on_drop = lambda port, count, whose: drops.append((port.id, count, whose))
+        with unix_client(tmp_path / "s") as host:
+            host_is(world, world.port("org.test.1"), True)
+            host.sendall(b"to whom it may concern")
+            world.host.unplug(1)
+            assert drops == [(1, 22, Whose.HOST)]

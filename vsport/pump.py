@@ -61,7 +61,8 @@ class PortPump(BackEnd):
         self.chardev.open(self.loop, self)
 
     def close(self) -> None:
-        """Lets go of the chardev, for good."""
+        """Lets go of the chardev, for good. What its host said and nobody read is lost with it, and counted."""
+        self._drop_unread()
         self._forget_peer()
         self.chardev.close()
 
@@ -102,10 +103,14 @@ class PortPump(BackEnd):
 
     def _end_session(self, why: str) -> None:
         log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
-        if self.chardev.eof_ends_session:  # otherwise the input is no part of the session, and stays
-            self.port.drop(self._unread(), Whose.HOST)
+        self._drop_unread()
         self._forget_peer()
         self.chardev.disconnect()
+
+    def _drop_unread(self) -> None:
+        """The session's input ends here, unless it is no part of the session (a file), and stays."""
+        if self.chardev.read_fd >= 0 and self.chardev.eof_ends_session:
+            self.port.drop(self._unread(), Whose.HOST)
 
     # -- what the port says (port.BackEnd) -----------------------------------------------------------------------------
 
