@@ -82,7 +82,7 @@ def convert(stream: QemuStream, device: QemuDevice) -> Snapshot | None:
 
 
 def _truncate(chance: random.Random, data: bytearray) -> None:
-    del data[chance.randrange(len(data)) :]
+    del data[chance.randrange(len(data) + 1) :]
 
 
 def _place(chance: random.Random, data: bytearray) -> int:
