@@ -204,9 +204,9 @@ def _add_demo(commands: _Commands[_Parser]) -> None:
     demo = commands.add_parser(
         "demo",
         help="see what it does, in seconds, without a virtual machine",
-        description="A guest opens a port, bytes flow both ways, the host leaves and returns, the guest\n"
-        "closes. With --migrate the machine is moved, and its agent is dead or not, as the\n"
-        "new back end is told.",
+        description="A guest opens a port, bytes flow both ways, the host leaves and returns, the\n"
+        "guest closes. With --migrate the machine is moved, and its agent is dead or\n"
+        "not, as the new back end is told.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
