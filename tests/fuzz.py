@@ -1,4 +1,4 @@
-"""Malformed input in bulk: ``python tests/fuzz.py --count 1000000 --seed 1 [--what ring|control|vhost-user]``.
+"""Malformed input in bulk: ``python tests/fuzz.py --count 1000000 --seed 1 [--what KIND]``.
 
 Made to run under sanitizers (``make fuzz``): each input is cheap, built from plausible parts of which some are wrong,
 and compared with what the rules say. Ends at the first failure, with the seed that repeats it.
