@@ -1,21 +1,7 @@
 # Notifications, both ways (R-RING-16 to 25), and what begins with a start.
 
-cdef inline uint8_t *used_event(Ring *r) noexcept nogil:
-    return r.avail + 4 + 2 * <size_t>r.size
-
-
-cdef inline size_t avail_event(Ring *r) noexcept nogil:
-    """Where it is in the used ring."""
-    return USED_RING + sizeof(UsedElem) * <size_t>r.size
-
-
-cdef inline bint passed(uint16_t event, uint16_t new, uint32_t count) noexcept nogil:
-    """Whether the entry ``event`` is among the last ``count`` ones before ``new`` (R-RING-21)."""
-    return count >= ALL_INDICES or <uint16_t>(new - event - 1) < count
-
-
 cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil:
-    """Writes one of the two words of the used ring that say when to kick."""
+    """Writes one of the two words of a split used ring that say when to kick."""
     store16(r.used + where, value)
     if r.log != NULL:
         mark_used(r, where, sizeof(uint16_t))
@@ -23,10 +9,22 @@ cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil:
 
 cdef void ask_for_kick(Ring *r) noexcept nogil:
     """A kick for the next chain that the driver adds to those which it has shown by now."""
-    if r.event_idx:
+    if r.packed:
+        ask_for_kick_packed(r)
+    elif r.event_idx:
         tell_driver(r, avail_event(r), load16(r.avail + 2))
     else:
         tell_driver(r, USED_FLAGS, 0)
+
+
+cdef void ask_for_no_kick(Ring *r) noexcept nogil:
+    """No kicks; with event indices there is nothing to do: the driver kicks once, when it passes what was asked for."""
+    if r.event_idx:
+        return
+    if r.packed:
+        tell_event(r, 0, EVENT_NEVER)
+    else:
+        tell_driver(r, USED_FLAGS, NO_NOTIFICATION)
 
 
 cdef bint call_wanted(Ring *r) noexcept nogil:
@@ -34,29 +32,43 @@ cdef bint call_wanted(Ring *r) noexcept nogil:
     cdef bint wanted
     if r.unsignalled == 0:
         return False
-    full_fence()                                    # used.idx is out before the driver's wish is read
-    if not r.event_idx:
-        wanted = not load16(r.avail) & NO_NOTIFICATION
-    else:
-        wanted = r.signal_next or passed(load16(used_event(r)), r.used_idx, r.unsignalled)
+    full_fence()                                    # what is used is out before the driver's wish is read
+    wanted = call_wanted_packed(r) if r.packed else call_wanted_split(r)
     r.unsignalled = 0
     r.signal_next = False
     return wanted
 
 
+# -- starting ----------------------------------------------------------------------------------------------------------
+
+cdef uint16_t first_place(Ring *r, uint16_t base) noexcept nogil:
+    """Where a packed ring begins. Some front ends say 0 for a fresh ring, whose wrap counter is 1 (R-RING-49).
+
+    A ring that has really come round to 0 has a descriptor in its first slot that has been available.
+    """
+    if base == 0 and not load16(slot_at(r, 0) + PACKED_FLAGS) & (PACKED_AVAIL | PACKED_USED):
+        return WRAP
+    return base
+
+
 cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
-    """The indices, and everything that is only valid for one run of the queue; used_idx is known."""
+    """The places in the ring, and everything that is only valid for one run of the queue."""
+    if r.packed:
+        base = r.used_idx = first_place(r, base)
     if reset or r.next_avail != base:
         r.offset = 0
     r.next_avail = base
     r.shown = r.used_idx
     r.done_count = 0
     r.pending_seen = 0
+    r.slots_seen = 0
+    r.run = r.run_slots = 0
     r.buffer_range = r.table_range = 0
     r.fill_want = 1
     r.fault.code = NO_FAULT
     # A driver that is resumed may have missed its last call: it gets one more (R-RING-23).
-    r.unsignalled = 0 if reset and r.used_idx == 0 else 1
+    r.unsignalled = 0 if reset and r.used_idx == (WRAP if r.packed else 0) else 1
     r.signal_next = True
-    tell_driver(r, USED_FLAGS, 0)                   # kicks are on, whatever was there before (R-RING-21)
+    if not r.packed:
+        tell_driver(r, USED_FLAGS, 0)               # kicks are on, whatever was there before (R-RING-21)
     ask_for_kick(r)
