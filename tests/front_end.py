@@ -38,6 +38,7 @@ from vsport.vhost_user.server import Server
 
 __all__ = [
     "LAYOUTS",
+    "LAYOUT_FEATURES",
     "USER",
     "VIRTIO_FEATURES",
     "Bench",
