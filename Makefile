@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml | tools
 	@$(PIP) --group dev
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py vsport/_ring.pyx vsport/_ring.pxd $(wildcard vsport/*.h)
+$(VENV)/.built: $(VENV)/.installed setup.py vsport/_ring.pyx vsport/_ring.pxd $(wildcard vsport/ring/*.pxi vsport/*.h)
 	@echo "building vsport"
 	@$(PIP) --quiet --no-build-isolation --editable .  # Twice quiet: setuptools warns of every editable package.
 	@touch $@

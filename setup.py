@@ -7,6 +7,7 @@ VSPORT_SANITIZE=1  AddressSanitizer and UndefinedBehaviorSanitizer, for ``tests/
 from __future__ import annotations
 
 import os
+from glob import glob
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -20,7 +21,7 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined",
 ring = Extension(
     "vsport._ring",
     ["vsport/_ring.pyx"],
-    depends=["vsport/_atomics.h", "vsport/_ring.pxd", "vsport/_sigbus.h"],
+    depends=["vsport/_atomics.h", "vsport/_ring.pxd", "vsport/_sigbus.h", *sorted(glob("vsport/ring/*.pxi"))],
     include_dirs=["vsport"],
     define_macros=[("CYTHON_TRACE_NOGIL", "1")] if DEBUG else [],
     extra_compile_args=FLAGS + (["-O0", "-g"] if DEBUG else ["-O2"]) + (SANITIZERS if SANITIZE else []),

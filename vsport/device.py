@@ -49,7 +49,8 @@ class SerialDevice:
     """A virtio-serial device with up to ``max_ports`` ports (1 to 127).
 
     ``queues`` are its virtqueues, by index (R-CON-02). Whoever attaches the device starts and stops them and says so by
-    queue_started() and queue_stopped(). Raises UsageError if a value is out of range.
+    queue_started() and queue_stopped(). ``packed`` and ``in_order`` offer the guest these ways to use a ring. Raises
+    UsageError if a value is out of range.
     """
 
     OFFERED = (
@@ -62,12 +63,24 @@ class SerialDevice:
     )
     config_size = CONFIG_SIZE
 
-    def __init__(self, *, max_ports: int = PORTS_DEFAULT, cols: int = 80, rows: int = 25) -> None:
+    def __init__(
+        self,
+        *,
+        max_ports: int = PORTS_DEFAULT,
+        cols: int = 80,
+        rows: int = 25,
+        packed: bool = False,
+        in_order: bool = False,
+    ) -> None:
         if not 1 <= max_ports <= PORTS_MAX:
             raise UsageError(f"max_ports={max_ports} is not in 1 to {PORTS_MAX}: vhost-user has 256 queues at most")
         self.max_ports = max_ports
         self.cols, self.rows = cols, rows
         self.features = int(self.OFFERED)
+        if packed:
+            self.features |= Feature.RING_PACKED
+        if in_order:
+            self.features |= Feature.IN_ORDER
         self.negotiated = 0
         self.queues = tuple(DeviceQueue(index) for index in range(queue_count(max_ports)))
         self.ports: dict[int, Port] = {}
@@ -99,6 +112,16 @@ class SerialDevice:
     def multiport(self) -> bool:
         """Whether control queues and ports other than port 0 exist for the driver (R-CON-03)."""
         return bool(self.negotiated & Feature.MULTIPORT)
+
+    @property
+    def ring_options(self) -> dict[str, bool]:
+        """How queues are used, as DeviceQueue.start() wants to be told."""
+        return {
+            "event_idx": bool(self.negotiated & Feature.EVENT_IDX),
+            "indirect": bool(self.negotiated & Feature.INDIRECT_DESC),
+            "packed": bool(self.negotiated & Feature.RING_PACKED),
+            "in_order": bool(self.negotiated & Feature.IN_ORDER),
+        }
 
     def negotiate(self, features: int) -> None:
         """The driver has accepted these features; raises FrontEndError if some of them were not offered."""

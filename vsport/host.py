@@ -30,7 +30,9 @@ class Host:
     def __init__(self, loop: Loop, configuration: Configuration) -> None:
         self.loop = loop
         self.configuration = configuration
-        self.device = SerialDevice(max_ports=configuration.max_ports)
+        self.device = SerialDevice(
+            max_ports=configuration.max_ports, packed=configuration.packed, in_order=configuration.in_order
+        )
         self.device.on_backlog = self._again_soon
         self._backlog: set[int] = set()
         self.pumps: dict[int, PortPump] = {}
