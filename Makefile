@@ -42,7 +42,7 @@ $(VENV)/.installed: pyproject.toml | tools
 	@$(PIP) --group dev
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard vsport/*.pyx vsport/*.pxd vsport/*.h)
+$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard vsport/*.pyx vsport/*.pxd vsport/ring/*.pxi vsport/*.h)
 	@echo "building vsport"
 	@$(PIP) --quiet --no-build-isolation --editable .  # Twice quiet: setuptools warns of every editable package.
 	@touch $@

@@ -1411,6 +1411,7 @@ def test_r_ring_18_the_driver_asks_for_calls_and_misses_none(pair: Pair) -> None
 
 def test_the_bytes_plane_imports_nothing_of_vsport_but_its_errors() -> None:
     """The import rules of the linter do not see Cython."""
-    source = pathlib.Path(__file__).parent.parent / "vsport" / "_ring.pyx"
-    imports = re.findall(r"^\s*(?:from|c?import)\s+(vsport\S*|guest_tools\S*|\.\S*)", source.read_text(), re.MULTILINE)
+    package = pathlib.Path(__file__).parent.parent / "vsport"
+    source = "\n".join(path.read_text() for path in (package / "_ring.pyx", *package.glob("ring/*.pxi")))
+    imports = re.findall(r"^\s*(?:from|c?import)\s+(vsport\S*|guest_tools\S*|\.\S*)", source, re.MULTILINE)
     assert imports == ["vsport.errors"]

@@ -52,7 +52,7 @@ class Poller:
 class Flow:
     """One direction of one port: what a queue's chains hold is drained into, or filled from, a descriptor.
 
-    Bytes may move between start() and stop(), or the end of the run of its queue, whichever comes first. It has its turn
+    Bytes may move between start() and stop(), or the end of the run of its queue, whichever comes first. It has a turn
     when the driver kicks (Poller.watch_kick) and when the descriptor is ready: kicks are off while it is busy, and the
     driver is interrupted once a turn. A turn moves at most a megabyte.
 

@@ -1,0 +1,103 @@
+# Notifications, both ways (R-RING-16 to 25), and what begins with a start.
+
+cdef inline uint8_t *used_event(Ring *r) noexcept nogil:
+    return r.avail + 4 + 2 * <size_t>r.size
+
+
+cdef inline size_t avail_event(Ring *r) noexcept nogil:
+    """Where it is in the used ring."""
+    return USED_RING + sizeof(UsedElem) * <size_t>r.size
+
+
+cdef inline bint passed(uint16_t event, uint16_t new, uint32_t count) noexcept nogil:
+    """Whether the entry ``event`` is among the last ``count`` ones before ``new`` (R-RING-21)."""
+    return count >= ALL_INDICES or <uint16_t>(new - event - 1) < count
+
+
+cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil:
+    """Writes one of the two words of the used ring that say when to kick."""
+    store16(r.used + where, value)
+    if r.log != NULL:
+        mark_used(r, where, sizeof(uint16_t))
+
+
+cdef void ring_kicks_off(Ring *r) noexcept nogil:
+    """With event indices there is nothing to do: the driver kicks once, when it passes what ask_for_kick() wrote."""
+    if not r.event_idx:
+        tell_driver(r, USED_FLAGS, NO_NOTIFICATION)
+
+
+cdef bint ring_kicks_on(Ring *r) noexcept nogil:
+    """Asks for a kick; True if there is a chain already (R-RING-18)."""
+    ask_for_kick(r)
+    full_fence()
+    return ring_offers(r)
+
+
+cdef bint ring_offers(Ring *r) noexcept nogil:
+    """Whether the driver has offered a chain."""
+    return load16_acquire(r.avail + 2) != r.next_avail
+
+
+cdef void ask_for_kick(Ring *r) noexcept nogil:
+    """A kick for the next chain that the driver adds to those which it has shown by now."""
+    if r.event_idx:
+        tell_driver(r, avail_event(r), load16(r.avail + 2))
+    else:
+        tell_driver(r, USED_FLAGS, 0)
+
+
+cdef bint call_wanted(Ring *r) noexcept nogil:
+    """Whether the driver wants an interrupt for what was completed since the last one (R-RING-20 to 23)."""
+    cdef bint wanted
+    if r.unsignalled == 0:
+        return False
+    full_fence()                                    # used.idx is out before the driver's wish is read
+    if not r.event_idx:
+        wanted = not load16(r.avail) & NO_NOTIFICATION
+    else:
+        wanted = r.signal_next or passed(load16(used_event(r)), r.used_idx, r.unsignalled)
+    r.unsignalled = 0
+    r.signal_next = False
+    return wanted
+
+
+cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
+    """The indices, and everything that is only valid for one run of the queue; used_idx is known."""
+    if reset or r.next_avail != base:
+        r.offset = 0
+    r.runs += 1
+    r.next_avail = base
+    r.shown = r.used_idx
+    r.done_count = 0
+    r.pending_seen = 0
+    r.buffer_range = r.table_range = 0
+    r.fill_want = 1
+    r.fault.code = NO_FAULT
+    # A driver that is resumed may have missed its last call: it gets one more (R-RING-23).
+    r.unsignalled = 0 if reset and r.used_idx == 0 else 1
+    r.signal_next = True
+    tell_driver(r, USED_FLAGS, 0)                   # kicks are on, whatever was there before (R-RING-21)
+    ask_for_kick(r)
+
+
+cdef bint ring_notify(Ring *r) noexcept nogil:
+    """Interrupts the driver if it wants that; True if there is no descriptor for it, and the caller has to."""
+    if flag_get(&r.mem.lost) or not call_wanted(r):
+        return False
+    r.calls += 1
+    if r.call_fd < 0:
+        return True
+    send_call(r)
+    return False
+
+
+cdef void send_call(Ring *r) noexcept nogil:
+    """Adds 1 to an eventfd, or writes the same 8 bytes to whatever it is. A full one has a call pending already."""
+    cdef uint64_t one = 1
+    if r.call_is_socket:
+        if send(r.call_fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK:
+            return
+        r.call_is_socket = False
+    while write(r.call_fd, &one, sizeof(one)) < 0 and errno == EINTR:
+        pass
