@@ -115,6 +115,7 @@ cdef struct Ring:
     uint16_t used_idx
     uint16_t shown              # the used index that the driver has been shown
     uint16_t pending_seen       # chains known to be offered; the driver cannot take them back (R-RING-70)
+    uint16_t most_pending       # chains offered at once since the start
     uint64_t offset             # bytes of the chain at next_avail that are consumed
     uint32_t unsignalled        # completed since the driver was last interrupted, at most ALL_INDICES
     bint signal_next            # the next completion interrupts, whatever the event index says (R-RING-23)
@@ -187,6 +188,8 @@ cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogi
 cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil
 cdef void ring_kicks_off(Ring *r) noexcept nogil
 cdef bint ring_kicks_on(Ring *r) noexcept nogil
+cdef bint ring_kicks_ahead(Ring *r) noexcept nogil
+cdef uint32_t ring_unread(Ring *r) noexcept nogil
 cdef bint ring_offers(Ring *r) noexcept nogil
 cdef bint ring_notify(Ring *r) noexcept nogil
 

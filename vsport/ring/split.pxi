@@ -75,6 +75,7 @@ cdef bint look(Ring *r, uint32_t *pending) noexcept nogil:
     if ahead < r.pending_seen:
         return fail(r, AVAIL_BACKWARDS, avail_idx, <uint16_t>(r.next_avail + r.pending_seen), 0, 0)
     r.pending_seen = ahead
+    r.most_pending = max(r.most_pending, ahead)
     pending[0] = ahead
     return True
 
