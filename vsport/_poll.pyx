@@ -109,7 +109,7 @@ cdef extern from "<sched.h>" nogil:
 cdef enum:
     EVENTS_MAX = 256            # of one look at epoll
     LINGERING_MAX = 64
-    LOOKS = 64                  # at the rings, between two looks at epoll
+    LOOKS = 16                  # at the rings, between two looks at epoll
     SPIN_FIRST = 4000           # nanoseconds of the first spin after a long sleep
     SPIN_GROWTH = 2
     # Nanoseconds that the driver waits at most for the interrupt that gives it back a chain that it has sent. By then it
@@ -467,6 +467,7 @@ cdef int spin(Wait *p, epoll_event *events, int64_t length) noexcept nogil:
     cdef int i, count
     p.spins += 1
     while True:
+        sched_yield()           # whom the last turn has woken may have been given this very processor
         for i in range(LOOKS if p.lingerers else 1):
             if look_at_lingering(p):
                 end_lingering(p)
@@ -474,7 +475,6 @@ cdef int spin(Wait *p, epoll_event *events, int64_t length) noexcept nogil:
         count = epoll_wait(p.epoll, events, EVENTS_MAX, 0)
         if count or now() >= end:
             return count
-        sched_yield()           # what is awaited may need this very processor
 
 
 cdef int sleep(Wait *p, epoll_event *events, int64_t patience) noexcept nogil:
