@@ -36,14 +36,14 @@ from vsport._ring cimport (
     STOPPED,
     DeviceQueue,
     Ring,
+    ask_for_no_kick,
     flag_get,
+    has_chain,
     ring_drain,
     ring_fill,
     ring_kicks_ahead,
-    ring_kicks_off,
     ring_kicks_on,
     ring_notify,
-    ring_offers,
     ring_unread,
 )
 
@@ -191,14 +191,14 @@ cdef int64_t now() noexcept nogil:
 # -- a turn ------------------------------------------------------------------------------------------------------------
 
 cdef inline bint may_move(Work *w) noexcept nogil:
-    return w.allowed and w.source != NULL and w.ring.running and w.run == w.ring.runs
+    return w.allowed and w.source != NULL and w.ring.running and w.run == w.ring.starts
 
 
 cdef int drain_some(Work *w, bint lingers) noexcept nogil:
     """Drains with kicks off. Who does not linger asks for kicks after the last chain, and looks once more (R-RING-18)."""
     cdef uint64_t left = BUDGET
     cdef int code
-    ring_kicks_off(w.ring)
+    ask_for_no_kick(w.ring)
     code = ring_drain(w.ring, w.source.fd, w.log_fd, &left)
     if code == EMPTY and not lingers and ring_kicks_on(w.ring):
         return MORE
@@ -212,7 +212,7 @@ cdef int fill_some(Work *w) noexcept nogil:
     if code == EMPTY and ring_kicks_ahead(w.ring):
         return MORE
     if code == BLOCKED:
-        ring_kicks_off(w.ring)
+        ask_for_no_kick(w.ring)
         if w.source.always_ready:                   # what a file has not given at once is at its end
             return MORE
     return code
@@ -340,7 +340,7 @@ cdef int64_t look_at_due(Wait *p) noexcept nogil:
 
 cdef void is_due(Wait *p, Work *w) noexcept nogil:
     """The driver is called, or the descriptor or the ring looked at, after all."""
-    if not w.ring.running or w.run != w.ring.runs:
+    if not w.ring.running or w.run != w.ring.starts:
         return
     if w.owes_call:
         w.owes_call = False
@@ -444,7 +444,7 @@ cdef bint look_at_lingering(Wait *p) noexcept nogil:
     """Whether a ring has got chains while its kicks were off: then all of them have their turns."""
     cdef int i
     for i in range(p.lingerers):
-        if ring_offers(p.lingering[i].ring):
+        if has_chain(p.lingering[i].ring):
             return True
     return False
 
@@ -784,7 +784,7 @@ cdef class Flow:
         self.w.log_fd = log_fd
         self.w.tells_blocked = tells_blocked
         self.w.allowed = True
-        self.w.run = self.w.ring.runs
+        self.w.run = self.w.ring.starts
         self.settle(s)
 
     cdef int settle(self, Source *s) except -1:

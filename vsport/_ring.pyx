@@ -1,11 +1,11 @@
-# The virtqueue engine: split rings (virtio 2.7), device side and driver side, on guest memory.
+# The virtqueue engine: split and packed rings (virtio 2.7, 2.8), device side and driver side, on guest memory.
 #
 # How to read it. It is one module in several files, each for one question, in ring/; this one is their map. C functions
 # over ``Ring *`` do the work, without Python objects and without allocation; thin classes at the end give them to
 # Python, and _ring.pyi says what these promise. An operation of the device's side (operations.pxi) goes through these
 # steps:
 #
-#   look()       reads avail.idx and checks it (split.pxi)
+#   look()       sees what is offered (split.pxi, packed.pxi)
 #   gather()     walks the chains that are offered into a Batch of pieces of guest memory, and checks them (chains.pxi)
 #   (a copy)     readv(), writev() or memcpy() on the pieces
 #   settle_*()   completes the chains that were used up, and publishes them to the driver together (chains.pxi)
@@ -16,8 +16,8 @@
 # Two rules hold everywhere. What the driver can change is read once, into private memory, and checked there
 # (R-RING-19). Nothing that the driver says decides how much is allocated or how long a call takes (R-RING-80).
 #
-# The packed ring (2.8) belongs beside look(), gather() and complete(): all else does not know how a ring is laid out.
-"""The virtqueue engine: split rings, device side and driver side, on guest memory."""
+# How a ring is laid out is known by split.pxi and packed.pxi, and by whoever asks ``r.packed`` to choose one of them.
+"""The virtqueue engine: split and packed rings, device side and driver side, on guest memory."""
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
@@ -44,7 +44,7 @@ cdef enum:
     DESC_INDIRECT = 4
     NO_NOTIFICATION = 1
 
-    SIZE_MAX_SPLIT = 32768
+    QUEUE_SIZE_MAX = 32768
     TABLE_ENTRIES_MAX = 32768
     REGIONS_MAX = 512
     ALL_INDICES = 65536
@@ -80,6 +80,7 @@ include "ring/faults.pxi"      # what a driver can do wrong
 include "ring/memory.pxi"      # guest memory: Memory, Region
 include "ring/dirty.pxi"       # who copies the guest: DirtyLog
 include "ring/split.pxi"       # how a split ring is laid out
+include "ring/packed.pxi"      # how a packed ring is
 include "ring/flight.pxi"      # what outlives the process: Inflight
 include "ring/chains.pxi"      # from the ring to pieces of memory, and back
 include "ring/operations.pxi"  # drain, fill, push, discard ...

@@ -1,16 +1,22 @@
 # DeviceQueue: the device's side for Python.
 
-def _check_setup(index, memory, size, base):
+def _check_setup(index, memory, size, base, packed):
     """What a front end can get wrong about a queue besides its addresses."""
-    if not 0 < size <= SIZE_MAX_SPLIT or size & (size - 1):
+    if not 0 < size <= QUEUE_SIZE_MAX or (size & (size - 1) and not packed):
+        if packed:
+            raise FrontEndError("R-RING-40", "a packed queue's size is 1 to 32768", queue=index, size=size)
         raise FrontEndError("R-RING-01", "a queue's size is a power of two up to 32768", queue=index, size=size)
     if not 0 <= base < ALL_INDICES:
         raise FrontEndError("R-RING-04", "an available index has 16 bits", queue=index, base=base)
+    if packed and base & ~WRAP >= size:
+        raise FrontEndError("R-VU-18", "a packed ring's base is not in the ring", queue=index, base=base, size=size)
     if memory.lost:
         raise FrontEndError("R-RING-82", "the file behind guest memory was truncated", queue=index)
 
 
-cdef uint8_t *_ring_part(Memory memory, int index, str name, uint64_t address, uint64_t size, int align) except NULL:
+cdef uint8_t *_ring_part(
+    Memory memory, int index, str name, uint64_t address, uint64_t size, int align, uint64_t *gpa = NULL
+) except NULL:
     """Where a part of a ring lies on the host: whole, in one region, aligned (R-RING-09, R-RING-77)."""
     cdef Range *g
     cdef uint64_t start
@@ -26,13 +32,34 @@ cdef uint8_t *_ring_part(Memory memory, int index, str name, uint64_t address, u
         raise FrontEndError("R-RING-77", f"the {name} reaches beyond its region", queue=index, address=hex(address))
     if address % align or <size_t>(g.host + start) % align:
         raise FrontEndError("R-RING-09", f"the {name} is not aligned to {align}", queue=index, address=hex(address))
+    if gpa != NULL:
+        gpa[0] = g.gpa + start
     return g.host + start
+
+
+cdef int _lay_out(Ring *r, Memory memory, int index, uint64_t desc, uint64_t avail, uint64_t used) except -1:
+    """Finds the parts of a ring, whose size and kind are known; raises FrontEndError, and then nothing has changed."""
+    cdef uint8_t *desc_host
+    cdef uint8_t *avail_host
+    cdef uint8_t *used_host
+    cdef uint64_t size = r.size
+    if r.packed:
+        desc_host = _ring_part(memory, index, "descriptor ring", desc, 16 * size, 16, &r.desc_gpa)
+        avail_host = _ring_part(memory, index, "driver's event structure", avail, 4, 4)
+        used_host = _ring_part(memory, index, "device's event structure", used, 4, 4)
+    else:
+        desc_host = _ring_part(memory, index, "descriptor table", desc, 16 * size, 16)
+        avail_host = _ring_part(memory, index, "available ring", avail, 6 + 2 * size, 2)
+        used_host = _ring_part(memory, index, "used ring", used, 6 + 8 * size, 4)
+    r.desc, r.avail, r.used = desc_host, avail_host, used_host
+    r.mem = &memory.c
+    return 0
 
 
 @cython.final
 @cython.no_gc_clear                                 # r points into memory
 cdef class DeviceQueue:
-    """The device's side of one split virtqueue."""
+    """The device's side of one virtqueue."""
 
     def __cinit__(self, index: int):
         self.index = index
@@ -166,22 +193,26 @@ cdef class DeviceQueue:
         base: int = 0,
         event_idx: bool = False,
         indirect: bool = False,
+        packed: bool = False,
+        in_order: bool = False,
         reset: bool = True,
     ) -> None:
         """Starts on rings at front-end addresses; raises FrontEndError, and then the queue stays stopped."""
         self.stop()
-        _check_setup(self.index, memory, size, base)
-        desc_host = _ring_part(memory, self.index, "descriptor table", desc, 16 * size, 16)
-        avail_host = _ring_part(memory, self.index, "available ring", avail, 6 + 2 * size, 2)
-        used_host = _ring_part(memory, self.index, "used ring", used, 6 + 8 * size, 4)
-        self.make_tables(size)
-        self.memory = memory
-        self.r.mem = &memory.c
-        self.r.desc, self.r.avail, self.r.used = desc_host, avail_host, used_host
+        _check_setup(self.index, memory, size, base, packed)
+        if packed and self._inflight is not None:
+            what = "chains in flight are not kept for a packed ring; leave INFLIGHT_SHMFD or packed=on"
+            raise FrontEndError("R-VU-90", what, queue=self.index)
         self.r.size = size
+        self.r.packed = packed
+        self.r.in_order = in_order
         self.r.event_idx = event_idx
         self.r.indirect = indirect
-        self.r.used_idx = load16(used_host + USED_IDX)
+        _lay_out(&self.r, memory, self.index, desc, avail, used)
+        self.memory = memory
+        self.make_tables(size)
+        if not packed:
+            self.r.used_idx = load16(self.r.used + USED_IDX)
         ring_start(&self.r, base if self._inflight is None else self.recover(base), reset)
         self.fault = None
         self.r.running = True
@@ -190,6 +221,8 @@ cdef class DeviceQueue:
     cdef int make_tables(self, size_t size) except -1:
         PyMem_Free(self.r.stamps)
         PyMem_Free(self.r.done)
+        self.r.stamps = NULL
+        self.r.done = NULL
         self.r.serial = 0
         self.r.stamps = <uint64_t *>PyMem_Calloc(size, sizeof(uint64_t))
         self.r.done = <uint16_t *>PyMem_Calloc(size if self._inflight is not None else 1, sizeof(uint16_t))
@@ -208,7 +241,7 @@ cdef class DeviceQueue:
             raise
 
     def stop(self) -> int:
-        """Stops the queue and returns the next available index, for GET_VRING_BASE; ``offset`` is kept."""
+        """Stops the queue and returns next_avail, for GET_VRING_BASE; ``offset`` is kept."""
         self.idle()
         self.r.running = False
         self.r.desc = self.r.avail = self.r.used = NULL
@@ -245,14 +278,13 @@ cdef class DeviceQueue:
 
     def pending(self) -> int:
         """How many chains are offered and not completed; 0 if not running. Raises GuestError (R-RING-70)."""
-        cdef uint32_t count = 0
         if not self.enter():
             return 0
         try:
             self.r.fault.code = NO_FAULT
-            look(&self.r, &count)
+            look(&self.r)
             self.check()
-            return count
+            return self.r.pending_seen
         finally:
             self.busy = False
 
@@ -416,14 +448,14 @@ cdef class DeviceQueue:
                 break
             self.r.offset += b.bytes
         self.r.bytes_moved += len(message)
-        complete(&self.r, b.chain[0].head, 0)
+        complete(&self.r, &b.chain[0], 0)
         publish(&self.r)
         return bytes(message)
 
     def kicks_off(self) -> None:
         """Tells the driver that notifications are not needed; a hint, no more (R-RING-24)."""
         if self.enter():
-            ring_kicks_off(&self.r)
+            ask_for_no_kick(&self.r)
             self.busy = False
 
     def kicks_on(self) -> bool:

@@ -24,6 +24,12 @@ cdef void mark_pieces(PageLog *log, Batch *b, uint64_t size) noexcept nogil:
         i += 1
 
 
+cdef void mark_used(Ring *r, uint64_t offset, uint64_t size) noexcept nogil:
+    """Marks a part of the used ring or of the device's event structure, which the log has at an address of its own."""
+    if r.logs_used and r.used_gpa + offset >= offset:
+        mark(r.log, r.used_gpa + offset, size)
+
+
 @cython.final
 @cython.no_gc_clear                                 # c.bits points into what the view holds
 cdef class DirtyLog:

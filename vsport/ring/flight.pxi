@@ -153,7 +153,7 @@ cdef class Inflight:
     """What a front end keeps of one queue for the back end after a crash: which chains are in flight (R-VU-85)."""
 
     def __cinit__(self, buffer, offset: int, desc_num: int):
-        if not 0 < desc_num <= SIZE_MAX_SPLIT:
+        if not 0 < desc_num <= QUEUE_SIZE_MAX:
             raise FrontEndError("R-VU-85", "an in-flight region has 1 to 32768 entries", desc_num=desc_num)
         _check_inside("R-VU-86", "an in-flight region", buffer, offset, self.footprint(desc_num))
         self.view = _shared_view(buffer, offset, self.footprint(desc_num))

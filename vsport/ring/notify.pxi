@@ -1,29 +1,29 @@
 # Notifications, both ways (R-RING-16 to 25), and what begins with a start.
 
-cdef inline uint8_t *used_event(Ring *r) noexcept nogil:
-    return r.avail + 4 + 2 * <size_t>r.size
-
-
-cdef inline size_t avail_event(Ring *r) noexcept nogil:
-    """Where it is in the used ring."""
-    return USED_RING + sizeof(UsedElem) * <size_t>r.size
-
-
-cdef inline bint passed(uint16_t event, uint16_t new, uint32_t count) noexcept nogil:
-    """Whether the entry ``event`` is among the last ``count`` ones before ``new`` (R-RING-21)."""
-    return count >= ALL_INDICES or <uint16_t>(new - event - 1) < count
-
-
 cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil:
-    """Writes one of the two words of the used ring that say when to kick."""
+    """Writes one of the two words of a split used ring that say when to kick."""
     store16(r.used + where, value)
     if r.log != NULL:
         mark_used(r, where, sizeof(uint16_t))
 
 
-cdef void ring_kicks_off(Ring *r) noexcept nogil:
-    """With event indices there is nothing to do: the driver kicks once, when it passes what ask_for_kick() wrote."""
-    if not r.event_idx:
+cdef void ask_for_kick(Ring *r) noexcept nogil:
+    """A kick for the next chain that the driver adds to those which it has shown by now."""
+    if r.packed:
+        ask_for_kick_packed(r)
+    elif r.event_idx:
+        tell_driver(r, avail_event(r), load16(r.avail + 2))
+    else:
+        tell_driver(r, USED_FLAGS, 0)
+
+
+cdef void ask_for_no_kick(Ring *r) noexcept nogil:
+    """No kicks; with event indices there is nothing to do: the driver kicks once, when it passes what was asked for."""
+    if r.event_idx:
+        return
+    if r.packed:
+        tell_event(r, 0, EVENT_NEVER)
+    else:
         tell_driver(r, USED_FLAGS, NO_NOTIFICATION)
 
 
@@ -31,7 +31,7 @@ cdef bint ring_kicks_on(Ring *r) noexcept nogil:
     """Asks for a kick; True if there is a chain already (R-RING-18)."""
     ask_for_kick(r)
     full_fence()
-    return ring_offers(r)
+    return has_chain(r)
 
 
 cdef bint ring_kicks_ahead(Ring *r) noexcept nogil:
@@ -39,33 +39,25 @@ cdef bint ring_kicks_ahead(Ring *r) noexcept nogil:
 
     A driver that keeps fewer out from now on would wait: the caller looks again before long, and calls ring_kicks_on().
     """
+    cdef uint16_t skipped = r.most_pending // 4 - 1
     if not r.event_idx or r.most_pending < 8:
         return ring_kicks_on(r)
-    tell_driver(r, avail_event(r), <uint16_t>(load16(r.avail + 2) + r.most_pending // 4 - 1))
+    if r.packed:
+        look_packed(r)
+        tell_event(r, advance(advance(r.next_avail, r.slots_seen, r.size), skipped, r.size), EVENT_AT_SLOT)
+    else:
+        tell_driver(r, avail_event(r), <uint16_t>(load16(r.avail + 2) + skipped))
     full_fence()
-    return ring_offers(r)
+    return has_chain(r)
 
 
 cdef uint32_t ring_unread(Ring *r) noexcept nogil:
-    """How many of the used chains the driver has not looked at yet, as far as it says so; 0 if it does not."""
-    cdef uint16_t behind
+    """How many used chains (packed: slots) the driver has not looked at yet, as far as it says so; else 0."""
+    cdef uint32_t behind
     if not r.event_idx:
         return 0
-    behind = r.used_idx - load16(used_event(r))
+    behind = unread_packed(r) if r.packed else <uint16_t>(r.used_idx - load16(used_event(r)))
     return behind if behind <= r.size else 0
-
-
-cdef bint ring_offers(Ring *r) noexcept nogil:
-    """Whether the driver has offered a chain."""
-    return load16_acquire(r.avail + 2) != r.next_avail
-
-
-cdef void ask_for_kick(Ring *r) noexcept nogil:
-    """A kick for the next chain that the driver adds to those which it has shown by now."""
-    if r.event_idx:
-        tell_driver(r, avail_event(r), load16(r.avail + 2))
-    else:
-        tell_driver(r, USED_FLAGS, 0)
 
 
 cdef bint call_wanted(Ring *r) noexcept nogil:
@@ -73,33 +65,47 @@ cdef bint call_wanted(Ring *r) noexcept nogil:
     cdef bint wanted
     if r.unsignalled == 0:
         return False
-    full_fence()                                    # used.idx is out before the driver's wish is read
-    if not r.event_idx:
-        wanted = not load16(r.avail) & NO_NOTIFICATION
-    else:
-        wanted = r.signal_next or passed(load16(used_event(r)), r.used_idx, r.unsignalled)
+    full_fence()                                    # what is used is out before the driver's wish is read
+    wanted = call_wanted_packed(r) if r.packed else call_wanted_split(r)
     r.unsignalled = 0
     r.signal_next = False
     return wanted
 
 
+# -- starting ----------------------------------------------------------------------------------------------------------
+
+cdef uint16_t first_place(Ring *r, uint16_t base) noexcept nogil:
+    """Where a packed ring begins. Some front ends say 0 for a fresh ring, whose wrap counter is 1 (R-RING-49).
+
+    A ring that has really come round to 0 has a descriptor in its first slot that has been available.
+    """
+    if base == 0 and not load16(slot_at(r, 0) + PACKED_FLAGS) & (PACKED_AVAIL | PACKED_USED):
+        return WRAP
+    return base
+
+
 cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
-    """The indices, and everything that is only valid for one run of the queue; used_idx is known."""
+    """The places in the ring, and everything that is only valid for one run of the queue."""
+    if r.packed:
+        base = r.used_idx = first_place(r, base)
     if reset or r.next_avail != base:
         r.offset = 0
-    r.runs += 1
+    r.starts += 1
     r.next_avail = base
     r.shown = r.used_idx
     r.done_count = 0
     r.pending_seen = 0
     r.most_pending = 0
+    r.slots_seen = 0
+    r.run = r.run_slots = 0
     r.buffer_range = r.table_range = 0
     r.fill_want = 1
     r.fault.code = NO_FAULT
     # A driver that is resumed may have missed its last call: it gets one more (R-RING-23).
-    r.unsignalled = 0 if reset and r.used_idx == 0 else 1
+    r.unsignalled = 0 if reset and r.used_idx == (WRAP if r.packed else 0) else 1
     r.signal_next = True
-    tell_driver(r, USED_FLAGS, 0)                   # kicks are on, whatever was there before (R-RING-21)
+    if not r.packed:
+        tell_driver(r, USED_FLAGS, 0)               # kicks are on, whatever was there before (R-RING-21)
     ask_for_kick(r)
 
 

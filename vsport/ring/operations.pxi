@@ -96,7 +96,7 @@ cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil:
         budget[0] -= n
         if <uint64_t>n < b.bytes:
             r.fill_want = n
-            return BLOCKED if ring_offers(r) else EMPTY     # that was all: no need to be told so once more
+            return BLOCKED if has_chain(r) else EMPTY     # that was all: no need to be told so once more
         elif r.fault.code:
             return FAULTY
         else:
@@ -143,26 +143,34 @@ cdef bint ring_push(Ring *r, const uint8_t *data, uint64_t size) noexcept nogil:
             if r.log != NULL:
                 mark_pieces(r.log, &b, size)
             r.bytes_moved += size
-        complete(r, b.chain[0].head, <uint32_t>size if fits else 0)
+        complete(r, &b.chain[0], <uint32_t>size if fits else 0)
     publish(r)
     return fits
 
 
-cdef uint64_t return_next(Ring *r, Batch *b) noexcept nogil:
-    """Completes the next chain unread, not yet published; says how many readable bytes it still had."""
-    r.bytes_discarded += b.chain[0].total
-    complete(r, b.chain[0].head, 0)
-    return b.chain[0].total
+cdef uint64_t return_unread(Ring *r, Batch *b) noexcept nogil:
+    """Completes all chains of the batch; says how many readable bytes they still had."""
+    cdef uint64_t dropped = 0
+    cdef int i
+    for i in range(b.count):
+        dropped += b.chain[i].total
+        complete(r, &b.chain[i], 0)
+    publish(r)
+    r.bytes_discarded += dropped
+    return dropped
 
 
 cdef uint64_t ring_discard(Ring *r) noexcept nogil:
     cdef Batch b
     cdef uint64_t dropped = 0
     b.walked = 0
-    begin(r, &b)
-    while b.walked <= WALK_LIMIT and gather(r, &b, False, 1, 0, 1):
-        dropped += return_next(r, &b)
-    publish(r)
+    while b.walked <= WALK_LIMIT:
+        begin(r, &b)
+        if not gather(r, &b, False, UINT64_MAX, 0, BATCH_CHAINS):
+            break
+        dropped += return_unread(r, &b)
+        if r.fault.code:
+            break
     return dropped
 
 
@@ -172,6 +180,5 @@ cdef uint64_t ring_return_partial(Ring *r) noexcept nogil:
     b.walked = 0
     begin(r, &b)
     if r.offset and gather(r, &b, False, 1, 0, 1):
-        dropped = return_next(r, &b)
-        publish(r)
+        dropped = return_unread(r, &b)
     return dropped
