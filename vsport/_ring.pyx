@@ -49,7 +49,6 @@ cdef enum:
     ALL_INDICES = 65536
     # After this many descriptors and pieces a call comes back and lets others have their turn (R-RING-80).
     WALK_LIMIT = 1 << 18
-    BUDGET = 1 << 20
     # So that no sum of lengths leaves 32 bits, in used.len as in readv().
     BUDGET_MAX = 1 << 30
     PAGE = 4096
@@ -60,18 +59,6 @@ cdef enum:
     # Of an in-flight region (R-VU-85).
     FLIGHT_VERSION = 1
     FLIGHT_HEAD = 16
-
-# What an operation comes back with: a Status, or one of the negative numbers.
-cdef enum:
-    EMPTY = 0
-    BLOCKED = 1
-    END_OF_FILE = 2
-    MORE = 3
-    STOPPED = 4
-    FAULTY = -1
-    FAILED = -2
-    INTERRUPTED = -3
-
 
 class Status(IntEnum):
     """Why a drain or a fill came back."""
@@ -865,6 +852,24 @@ cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil:
         mark_used(r, where, sizeof(uint16_t))
 
 
+cdef void ring_kicks_off(Ring *r) noexcept nogil:
+    """With event indices there is nothing to do: the driver kicks once, when it passes what ask_for_kick() wrote."""
+    if not r.event_idx:
+        tell_driver(r, USED_FLAGS, NO_NOTIFICATION)
+
+
+cdef bint ring_kicks_on(Ring *r) noexcept nogil:
+    """Asks for a kick; True if there is a chain already (R-RING-18)."""
+    ask_for_kick(r)
+    full_fence()
+    return ring_offers(r)
+
+
+cdef bint ring_offers(Ring *r) noexcept nogil:
+    """Whether the driver has offered a chain."""
+    return load16_acquire(r.avail + 2) != r.next_avail
+
+
 cdef void ask_for_kick(Ring *r) noexcept nogil:
     """A kick for the next chain that the driver adds to those which it has shown by now."""
     if r.event_idx:
@@ -888,12 +893,35 @@ cdef bint call_wanted(Ring *r) noexcept nogil:
     return wanted
 
 
+cdef bint ring_notify(Ring *r) noexcept nogil:
+    """Interrupts the driver if it wants that; True if there is no descriptor for it, and the caller has to."""
+    if flag_get(&r.mem.lost) or not call_wanted(r):
+        return False
+    r.calls += 1
+    if r.call_fd < 0:
+        return True
+    send_call(r)
+    return False
+
+
+cdef void send_call(Ring *r) noexcept nogil:
+    """Adds 1 to an eventfd, or writes the same 8 bytes to whatever it is. A full one has a call pending already."""
+    cdef uint64_t one = 1
+    if r.call_is_socket:
+        if send(r.call_fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK:
+            return
+        r.call_is_socket = False
+    while write(r.call_fd, &one, sizeof(one)) < 0 and errno == EINTR:
+        pass
+
+
 # -- starting ----------------------------------------------------------------------------------------------------------
 
 cdef void ring_start(Ring *r, uint16_t base, bint reset) noexcept nogil:
     """The indices, and everything that is only valid for one run of the queue; used_idx is known."""
     if reset or r.next_avail != base:
         r.offset = 0
+    r.runs += 1
     r.next_avail = base
     r.shown = r.used_idx
     r.done_count = 0
@@ -1131,7 +1159,7 @@ cdef class DeviceQueue:
 
     def __cinit__(self, index: int):
         self.index = index
-        self._call_fd = -1
+        self.r.call_fd = -1
 
     def __dealloc__(self):
         PyMem_Free(self.r.stamps)
@@ -1141,7 +1169,7 @@ cdef class DeviceQueue:
     # other threads run while the interpreter lock is released.
 
     cdef int idle(self) except -1:
-        if self.busy:
+        if self.busy or (self.poller != NULL and self.poller[0]):
             raise RuntimeError(f"queue {self.index} is busy")
         return 0
 
@@ -1186,12 +1214,13 @@ cdef class DeviceQueue:
     @property
     def call_fd(self):
         """Descriptor that interrupts the driver: 8 bytes are written to it; -1: none (R-VU-98)."""
-        return self._call_fd
+        return self.r.call_fd
 
     @call_fd.setter
     def call_fd(self, int fd):
-        self._call_fd = fd
-        self.call_is_socket = True                  # until send() says otherwise
+        self.idle()
+        self.r.call_fd = fd
+        self.r.call_is_socket = True                # until send() says otherwise
         # The last call may have gone to a descriptor that nobody listens to: it is repeated (R-RING-23, R-VU-55).
         self.r.signal_next = True
         self.r.unsignalled = max(self.r.unsignalled, 1)
@@ -1243,6 +1272,11 @@ cdef class DeviceQueue:
     def chains(self):
         """Chains completed since the queue was made."""
         return self.r.chains
+
+    @property
+    def calls(self):
+        """Interrupts sent or asked for since the queue was made."""
+        return self.r.calls
 
     def start(
         self,
@@ -1511,42 +1545,21 @@ cdef class DeviceQueue:
 
     def kicks_off(self) -> None:
         """Tells the driver that notifications are not needed; a hint, no more (R-RING-24)."""
-        # With event indices there is nothing to do: the driver kicks once, when it passes what kicks_on() wrote.
         if self.enter():
-            if not self.r.event_idx:
-                tell_driver(&self.r, USED_FLAGS, NO_NOTIFICATION)
+            ring_kicks_off(&self.r)
             self.busy = False
 
     def kicks_on(self) -> bool:
         """Asks the driver for a notification at its next chain; True if there is one already (R-RING-18)."""
         if not self.enter():
             return False
-        ask_for_kick(&self.r)
-        full_fence()
         self.busy = False
-        return load16(self.r.avail + 2) != self.r.next_avail
+        return ring_kicks_on(&self.r) != 0
 
     def notify(self) -> bool:
         """Interrupts the driver if it wants that for the chains completed since the last time (R-RING-20 to 23)."""
         self.idle()
-        if self.r.used == NULL or flag_get(&self.memory.c.lost) or not call_wanted(&self.r):
-            return False
-        self.calls += 1
-        if self._call_fd < 0:
-            return True
-        self.send_call()
-        return False
-
-    cdef int send_call(self) except -1:
-        """Adds 1 to an eventfd, or writes the same 8 bytes to whatever it is. A full one has a call pending already."""
-        cdef uint64_t one = 1
-        if self.call_is_socket:
-            if send(self._call_fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK:
-                return 0
-            self.call_is_socket = False
-        while write(self._call_fd, &one, sizeof(one)) < 0 and errno == EINTR:
-            pass
-        return 0
+        return self.r.used != NULL and ring_notify(&self.r)
 
 
 cdef uint64_t _checked_budget(object budget) except 0:

@@ -167,6 +167,7 @@ class SerialDevice:
         port = self.ports[id]
         port.feed(Cause.UNPLUG)
         del self.ports[id]
+        port.back_end.halt()
         port.back_end = BackEnd()
         if port.added:
             self.tell(Message(id, Event.PORT_REMOVE, 1))

@@ -46,6 +46,9 @@ class BackEnd:
         """The guest's end is open or closed, and why it is said now: it happened (GUEST_OPEN, GUEST_CLOSE, RESET,
         UNPLUG), or it has been so since before this back end was made (RESTORE, HANDOVER)."""
 
+    def halt(self) -> None:
+        """The port is unplugged: nothing of its rings may be touched any more."""
+
     def emergency_write(self, byte: int) -> None:
         """One byte from a guest that can do no better (emerg_wr, R-CON-07)."""
 

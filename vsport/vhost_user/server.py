@@ -442,7 +442,7 @@ class Connection:
     def watch_kick(self, index: int, fd: int) -> None:
         self.make_nonblocking(fd)
         try:
-            self.loop.watch(fd, READ, functools.partial(self._kicked, index, fd))
+            self.loop.watch_kick(fd, self.session.device.queues[index], functools.partial(self._kicked, index, fd))
         except OSError as exc:
             raise FrontEndError("R-VU-21", f"cannot wait for kicks on this descriptor: {exc.strerror}") from exc
 
