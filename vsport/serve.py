@@ -294,16 +294,16 @@ class _Daemon:
 
 
 def _check_claims(vms: Iterable[Vm]) -> None:
-    """That no two of them want the same path, address or stream. Raises UsageError."""
-    owners: dict[str, tuple[Vm, str]] = {}
+    """That no two chardevs or sockets of theirs want the same path, address or stream. Raises UsageError."""
+    owners: dict[str, str] = {}
     for vm in vms:
-        for place, what in vm.claims().items():
-            other, what_there = owners.setdefault(place, (vm, what))
-            if other is not vm:
-                option = what_there if what_there == what else f"{what_there} and {what}"
+        for place, what in vm.claims():
+            owner = f"{vm.plan.vm}'s {what}"
+            other = owners.setdefault(place, owner)
+            if other is not owner:
                 raise UsageError(
-                    f"{option}: {other.plan.vm} and {vm.plan.vm} cannot both have {place}: "
-                    f"each virtual machine needs its own ({PLACEHOLDER} stands for its name)"
+                    f"{other} and {owner} cannot both have {place}: "
+                    f"each needs its own ({PLACEHOLDER} stands for the virtual machine's name)"
                 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vsport.addresses import UnixAddress
@@ -72,15 +72,13 @@ class Vm:
     def _raise(_: Vm, why: HostError) -> None:
         raise why
 
-    def claims(self) -> dict[str, str]:
-        """What no other may have, and what it is for."""
-        claims: dict[str, str] = {}
+    def claims(self) -> Iterator[tuple[str, str]]:
+        """What nothing else may have: paths, addresses; and what each is for."""
         for option, path in (("--socket-path", self.plan.socket_path), ("--handover", self.plan.handover)):
             if path is not None:
-                claims |= dict.fromkeys(UnixAddress(path).claims(), option)
+                yield from ((place, option) for place in UnixAddress(path).claims())
         for chardev in self.host.chardevs.values():
-            claims |= dict.fromkeys(chardev.claims(), f"chardev {chardev.id}")
-        return claims
+            yield from ((place, f"chardev {chardev.id}") for place in chardev.claims())
 
     @property
     def descriptors(self) -> Descriptors:
