@@ -30,7 +30,7 @@ from vsport.constants import (
 from vsport.control import Message, Outbox
 from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
-from vsport.port import BackEnd, Manners, Port, PortConfig, Whose
+from vsport.port import BackEnd, Log, Manners, Port, PortConfig, Whose
 from vsport.snapshot import QueueState, Snapshot
 
 __all__ = ["SerialDevice"]
@@ -62,10 +62,12 @@ class SerialDevice:
     )
     config_size = CONFIG_SIZE
 
-    def __init__(self, *, max_ports: int = PORTS_DEFAULT, cols: int = 80, rows: int = 25) -> None:
+    def __init__(self, *, max_ports: int = PORTS_DEFAULT, cols: int = 80, rows: int = 25, name: str = "") -> None:
         if not 1 <= max_ports <= PORTS_MAX:
             raise UsageError(f"max_ports={max_ports} is not in 1 to {PORTS_MAX}: vhost-user has 256 queues at most")
         self.max_ports = max_ports
+        self.log: Log = logging.LoggerAdapter(log, {"whose": f"{name}: "}) if name else log
+        """For all that is said about this device, also by its front end's session: ``whose`` is what it begins with."""
         self.cols, self.rows = cols, rows
         self.features = int(self.OFFERED)
         self.negotiated = 0
@@ -337,7 +339,7 @@ class SerialDevice:
         try:
             while (message := self._outbox.peek()) is not None and queue.push(message.encode()):
                 self._outbox.sent()
-                log.debug("to guest: %s", message)
+                self.log.debug("to guest: %s", message)
             # Asking for the kick comes after the failed push, so a buffer that came in between is seen here.
             if queue.kicks_on() and len(self._outbox):
                 self.backlog(QUEUE_CONTROL_RX)
@@ -368,11 +370,11 @@ class SerialDevice:
     def _heard(self, data: bytes) -> None:
         try:
             message = Message.decode(data)
-            log.debug("from guest: %s", message)
+            self.log.debug("from guest: %s", message)
             self._act_on(message)
         except GuestError as exc:
             self.refused += 1
-            log.info("control message dropped: %s", exc)
+            self.log.info("control message dropped: %s", exc)
 
     def _act_on(self, message: Message) -> None:
         match message.event:
@@ -430,13 +432,13 @@ class SerialDevice:
         return self._outbox.has_for(port)
 
     def fault(self, index: int, error: GuestError | FrontEndError) -> None:
-        log.warning("queue %d stopped: %s", index, error)
+        self.log.warning("queue %d stopped: %s", index, error)
         self.on_fault(index, error)
 
     def transition(self, port: Port, cause: Cause, before: State) -> None:
-        log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
+        self.log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
         self.on_transition(port, cause, before)
 
     def dropped(self, port: Port, count: int, whose: Whose) -> None:
-        log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
+        self.log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
         self.on_drop(port, count, whose)

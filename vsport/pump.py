@@ -10,7 +10,6 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
-import logging
 import os
 import termios
 import time
@@ -24,8 +23,6 @@ from vsport.loop import HUP, RDHUP, READ, Loop, Timer
 from vsport.port import Away, BackEnd, Port, Whose
 
 __all__ = ["SETTLE_SECONDS", "PortPump"]
-
-log = logging.getLogger("vsport.pump")
 
 SETTLE_SECONDS = 0.02
 """How long a host stays away at least, as the guest sees it.
@@ -109,7 +106,7 @@ class PortPump(BackEnd):
         self._host_is_deaf = self._input_ended = self._last_words_wait = False
 
     def _end_session(self, why: str) -> None:
-        log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
+        self.port.links.log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
         self._drop_unread()
         self._forget_peer()
         self.chardev.disconnect()
@@ -156,7 +153,7 @@ class PortPump(BackEnd):
             else:
                 self.chardev.write(memoryview(bytes([byte])))
         except OSError as exc:
-            log.info("port %d: emergency byte lost: %s", self.port.id, exc)
+            self.port.links.log.info("port %d: emergency byte lost: %s", self.port.id, exc)
 
     def announce_host(self, port: Port) -> None:
         """The guest was moved, and hears now that its host of before is gone: ours is another session."""

@@ -5,7 +5,6 @@ Pure state. Descriptors are numbers here; what has to be done with them is asked
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +45,6 @@ from vsport.vhost_user.transfer import StateTransfer
 from vsport.vhost_user.vring import Vring, places
 
 __all__ = ["OFFERED", "Reply", "Session"]
-
-log = logging.getLogger("vsport.vhost_user")
 
 OFFERED = int(
     ProtocolFeature.MQ
@@ -127,7 +124,7 @@ class Session:
             if row.replies or not (wanted or self._shapes_a_ring(decoded)):
                 raise
             # As text: whoever keeps the error keeps its traceback, and with it mappings that have to go.
-            log.warning("front end's %s refused: %s", header.name, str(exc))
+            self.device.log.warning("front end's %s refused: %s", header.name, str(exc))
             return self._refuse(header, decoded, wanted)
         if reply is not None:
             return Reply(encode_reply(header.request, reply.data), reply.fd)
@@ -198,7 +195,7 @@ class Session:
         try:
             data = self.device.read_config(config.offset, len(config.data))
         except FrontEndError as exc:
-            log.warning("front end's GET_CONFIG refused: %s", exc)
+            self.device.log.warning("front end's GET_CONFIG refused: %s", exc)
             return b""  # how this message reports an error (R-VU-26)
         return Config(config.offset, config.flags, data).encode()
 
@@ -272,7 +269,7 @@ class Session:
             if self.memory.table.lost:
                 self.device.fault(index, exc)  # which ends the session (R-RING-82)
             else:
-                log.warning("queue %d is not in the new memory: %s", index, str(exc))
+                self.device.log.warning("queue %d is not in the new memory: %s", index, str(exc))
                 self.queue_failed(index)
         return vring.live
 
@@ -304,7 +301,7 @@ class Session:
             area = layout(asked, len(self.vrings))
             return Reply(area.encode(), self.edge.make_shared(area.mmap_size))
         except FrontEndError as exc:
-            log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
+            self.device.log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
             return Reply(InflightArea(0, 0, asked.num_queues, asked.queue_size, asked.padded).encode())
 
     def set_inflight_fd(self, area: InflightArea, fds: list[int]) -> None:
@@ -339,7 +336,7 @@ class Session:
         try:
             self.transfer.begin(asked, fds)
         except FrontEndError as exc:
-            log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
+            self.device.log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
             return encode_u64(NO_FD | 1)
         return encode_u64(NO_FD)
 
@@ -537,7 +534,7 @@ class Session:
         No front end says so; it looks like a pause (R-VU-70). But rings that go back to 0 do not after a pause
         (R-VU-71). User Mode Linux always sends base 0, and there a restart always is a reset (R-VU-72).
         """
-        log.info("the guest's driver begins anew")
+        self.device.log.info("the guest's driver begins anew")
         live = [(index, vring) for index, vring in enumerate(self.vrings) if vring.live]
         for index, vring in live:
             self._leave(index, vring)
