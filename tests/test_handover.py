@@ -383,10 +383,11 @@ def test_what_a_chardev_holds_itself_comes_along():
         before.host.open()
         before.host.chardevs["c0"].write(memoryview(b"not read yet"))
         parcel = Parcel()
-        draft, rest = Fields("draft", before.give(parcel)), before.give_rest()
+        draft, rest = Fields("draft", before.give(parcel)), Fields("rest", before.give_rest())
         after.take(draft, Delivery([]))
+        after.take_rest(rest, before.host.device.snapshot())
         draft.end()
-        after.take_rest(Fields("state", rest.state), rest.snapshot)
+        rest.end()
         before.release()
         assert after.host.chardevs["c0"].read(100) == b"not read yet"
 

@@ -40,12 +40,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vsport.addresses import UnixAddress
+from vsport.constants import PORTS_MAX, queue_count
 from vsport.document import DocumentError, Fields
 from vsport.errors import HostError, VsportError
 from vsport.host import Host
 from vsport.loop import READ, WRITE, Loop, Timer
 from vsport.parcel import Delivery, Parcel
-from vsport.snapshot import Snapshot
+from vsport.snapshot import Position, Snapshot, read_position
 from vsport.vhost_user.server import Server
 
 __all__ = ["STEP_SECONDS", "VERSION", "Cargo", "Offer", "Takeover"]
@@ -67,15 +68,9 @@ _FDS_AT_ONCE = 253
 """The kernel's limit for one message (SCM_MAX_FD)."""
 _DRAFTS = 3
 """How many drafts there are at most before the device is suspended: one that changes faster never ends."""
+_QUEUES_MAX = queue_count(PORTS_MAX)
 _TEXTS_MAX = 1000
 _WHY_MAX = 500
-
-
-class Rest(NamedTuple):
-    """What is left to be handed over when the device is suspended."""
-
-    state: dict[str, Any]
-    snapshot: bytes
 
 
 class Cargo(NamedTuple):
@@ -94,7 +89,7 @@ class Cargo(NamedTuple):
         return self.host.edition, self.server.edition
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """The device as a document, running or not. Raises HostError if now is no time for it."""
+        """The device as a document, running or not; its preview() is apart. Raises HostError if now is no time."""
         return {"chardevs": self.host.give(parcel), "server": self.server.give(parcel)}
 
     def take(self, draft: Fields, delivery: Delivery) -> None:
@@ -106,13 +101,13 @@ class Cargo(NamedTuple):
         """The device stands still until resume(), or for ever, and nobody is told."""
         self.server.suspend()
 
-    def give_rest(self) -> Rest:
-        """What changes while a device runs, of one that is suspended."""
-        return Rest(self.server.give_rest(), self.host.device.snapshot().encode())
+    def give_rest(self) -> dict[str, Any]:
+        """What changes while a device runs, of one that is suspended; its snapshot() is apart."""
+        return self.server.give_rest()
 
-    def take_rest(self, state: Fields, snapshot: bytes) -> None:
+    def take_rest(self, state: Fields, snapshot: Snapshot) -> None:
         """After take(): becomes the device that gave this. Raises VsportError; then release()."""
-        self.host.device.restore(Snapshot.decode(snapshot), carried=self.host.with_peers())
+        self.host.device.restore(snapshot, carried=self.host.with_peers())
         self.server.take_rest(state)
 
     def resume(self) -> None:
@@ -437,6 +432,7 @@ class _Dialogue:
         self._outgoing = _Outgoing(b"")
         self._drafts = 0
         self._edition: Hashable = None
+        self._preview: Snapshot | None = None
         self._timer: Timer | None = None
 
     def start(self) -> None:
@@ -513,9 +509,10 @@ class _Dialogue:
         """Describes the device, which runs on, so that the taker can make everything but the rest."""
         self._drafts += 1
         self._edition = self._offer.cargo.edition
+        self._preview = self._offer.cargo.host.device.preview()
         parcel = Parcel()
         draft = self._describe(parcel)
-        self._say(_Outgoing(_encode("draft", fds=len(parcel.fds), **draft), parcel))
+        self._say(_Outgoing(_encode("draft", self._preview.encode(), len(parcel.fds), **draft), parcel))
 
     def _describe(self, parcel: Parcel) -> dict[str, Any]:
         return {"offer": self._offer.give(parcel), **self._offer.cargo.give(parcel)}
@@ -551,11 +548,14 @@ class _Dialogue:
 
     def _state(self, paused_at: int, *, up_to_date: bool) -> _Outgoing:
         """The rest, and the whole device once more if the last draft was in vain."""
-        parcel = Parcel()
+        assert self._preview is not None
+        cargo, parcel = self._offer.cargo, Parcel()
         drafts = [] if up_to_date else [self._describe(parcel)]
-        rest = self._offer.cargo.give_rest()
-        fields = {"paused_at": paused_at, "drafts": drafts, **rest.state}
-        return _Outgoing(_encode("state", rest.snapshot, len(parcel.fds), **fields), parcel)
+        snapshot = cargo.host.device.snapshot()
+        positions = snapshot.moved_since(self._preview)
+        rest = {"paused_at": paused_at, "drafts": drafts, "positions": positions or [], **cargo.give_rest()}
+        attachment = snapshot.encode() if positions is None else b""
+        return _Outgoing(_encode("state", attachment, len(parcel.fds), **rest), parcel)
 
     def _fail(self, exc: BaseException) -> None:
         ours = not isinstance(exc, (VsportError, OSError, EOFError))
@@ -692,7 +692,8 @@ class Takeover:
             self._say("arranged")
         state = message.expect("state")
         self._paused_at = state.integer("paused_at", 0, 2**63 - 1)
-        cargo.take_rest(state, message.attachment)
+        positions = state.each("positions", _QUEUES_MAX, read_position)
+        cargo.take_rest(state, draft.snapshot(positions, message.attachment))
         state.end()
         return draft.offer
 
@@ -705,6 +706,7 @@ class Takeover:
         with contextlib.closing(_receive_fds(self._sock, inbox.fds, deadline)) as delivery:
             if message.word == "draft":
                 draft.take(message.fields, delivery)
+                draft.look_at(message.attachment)
             else:
                 for fields in message.expect("state").each("drafts", 1, Fields):
                     draft.take(fields, delivery)
@@ -733,6 +735,7 @@ class _Draft:
         self._cargo = cargo
         self._on_taken = on_taken
         self._offer: Offer | None = None
+        self._preview: Snapshot | None = None
 
     @property
     def offer(self) -> Offer:
@@ -748,6 +751,19 @@ class _Draft:
         self._offer.take(offer.object("address"), delivery)
         offer.end()
         self._cargo.take(fields, delivery)
+
+    def look_at(self, preview: bytes) -> None:
+        """What the device was at the time of the draft: if it does not fit, that need not be found out in the pause."""
+        self._preview = Snapshot.decode(preview)
+        self._cargo.host.device.check(self._preview)
+
+    def snapshot(self, positions: Sequence[Position], whole: bytes) -> Snapshot:
+        """The device that was suspended: ``whole``, or the preview with its queues at ``positions``."""
+        if whole:
+            return Snapshot.decode(whole)
+        if self._preview is None:
+            raise DocumentError("a state without a draft before it")
+        return self._preview.move(positions)
 
     def release(self) -> None:
         """Nobody notices that it was there."""

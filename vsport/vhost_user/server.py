@@ -385,7 +385,7 @@ class Connection:
             self._be_patient()
         for index, vring in enumerate(self.session.vrings):
             if vring.kick_fd >= 0:
-                self.watch_kick(index, vring.kick_fd)
+                self._watch_kick(index, vring.kick_fd)
         if self._channel is not None:
             self._channel.resume()
         self.session.resume()
@@ -471,9 +471,12 @@ class Connection:
     def watch_kick(self, index: int, fd: int) -> None:
         self.make_nonblocking(fd)
         try:
-            self.loop.watch(fd, READ, functools.partial(self._kicked, index, fd))
+            self._watch_kick(index, fd)
         except OSError as exc:
             raise FrontEndError("R-VU-21", f"cannot wait for kicks on this descriptor: {exc.strerror}") from exc
+
+    def _watch_kick(self, index: int, fd: int) -> None:
+        self.loop.watch(fd, READ, functools.partial(self._kicked, index, fd))
 
     def unwatch_kick(self, fd: int) -> None:
         self.loop.unwatch(fd)

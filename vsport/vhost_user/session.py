@@ -66,6 +66,7 @@ the bits that the flag knows, and would let unknown ones pass."""
 _NOT_VIRTIO = int(Feature.PROTOCOL_FEATURES | Feature.LOG_ALL)
 """Bits that front end and back end have for themselves, among those of the guest's driver."""
 
+_EVENT_IDX, _INDIRECT_DESC = int(Feature.EVENT_IDX), int(Feature.INDIRECT_DESC)
 _STATUS_NEEDS_RESET = 0x40
 _CONFIG_WRITE_BY_GUEST, _CONFIG_WRITE_BY_MIGRATION = 0, 1
 
@@ -482,7 +483,7 @@ class Session:
 
     def kicked(self, index: int) -> None:
         """The driver has kicked queue ``index``. A kick of a ring that is not live waits in the ring (R-RING-83)."""
-        if self.vrings[index].live:
+        if self.vrings[index].live and self._held is None:
             self.device.kick(index)
 
     def queue_failed(self, index: int) -> None:
@@ -525,8 +526,8 @@ class Session:
             vring.address.avail,
             vring.address.used,
             base=vring.base,
-            event_idx=bool(self.device.negotiated & Feature.EVENT_IDX),
-            indirect=bool(self.device.negotiated & Feature.INDIRECT_DESC),
+            event_idx=bool(self.device.negotiated & _EVENT_IDX),
+            indirect=bool(self.device.negotiated & _INDIRECT_DESC),
             reset=vring.base != queue.next_avail,
         )
 
@@ -594,7 +595,7 @@ class Session:
         if self._held is not None:
             return
         self._held = self._running()
-        for index in self._held:
+        for index in sorted(self._held, reverse=True):  # the device looks for one that still runs from the first on
             self.edge.poll_ring(index, False)
             self.vrings[index].base = self.device.queues[index].stop()
             self.device.queue_stopped(index)
@@ -699,9 +700,8 @@ class Session:
             raise DocumentError(f"vring {index} runs without having been started")
         if runs and vring.address is not None:
             self._check_layout(vring.address, vring.size)
-        if vring.kick_fd >= 0:  # whether it can be waited for
+        if vring.kick_fd >= 0:  # it is waited for from now on: nothing is heard before the loop runs
             self.edge.watch_kick(index, vring.kick_fd)
-            self.edge.unwatch_kick(vring.kick_fd)
         for fd in (vring.call_fd, vring.err_fd):
             if fd >= 0:
                 self.edge.make_nonblocking(fd)
