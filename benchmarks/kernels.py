@@ -70,14 +70,16 @@ def lab_tree():
 class Hosts(threading.Thread):
     """Programs on the host, one a port, that send and take what comes back.
 
-    Each sends a byte and waits for it, again and again, or with ``flood`` as much as the port takes. ``answers`` are the
-    times when something came in, in nanoseconds of time.monotonic_ns().
+    Each sends a byte and waits for it, again and again, or with ``flood`` as much as the port takes. ``answers``:
+    when something came in, in nanoseconds of time.monotonic_ns().
     """
 
     def __init__(self, paths, *, flood):
         super().__init__(daemon=True)
         self.answers = []
         self.received = 0
+        self.silent = False
+        """Whether they only take what is still on its way."""
         self._piece = _PIECE if flood else b"!"
         self._most = _UNANSWERED_MAX if flood else 1
         self._unanswered = {}
@@ -93,8 +95,9 @@ class Hosts(threading.Thread):
         by_fd = {sock.fileno(): sock for sock in self._unanswered}
         while not self._ending:
             for fd, sock in by_fd.items():
-                poll.register(fd, select.POLLIN | (select.POLLOUT if self._unanswered[sock] < self._most else 0))
-            for fd, ready in poll.poll(100):
+                sends = not self.silent and self._unanswered[sock] < self._most
+                poll.register(fd, select.POLLIN | (select.POLLOUT if sends else 0))
+            for fd, ready in poll.poll(10):
                 if ready & select.POLLIN:
                     self._take(by_fd[fd])
                 if ready & select.POLLOUT:
@@ -161,10 +164,13 @@ class Succession(contextlib.ExitStack):
             self.hosts.start()
             stack.callback(self.hosts.close)
             self._wait(lambda: self.hosts.received > 100, "the guest answers")
+            self.hosts.silent = True
 
     def hand_over(self):
         """The next process has the device when this returns, and the one before has ended."""
         log = self.directory / f"log{next(self._numbers)}"
+        if self.hosts is not None:
+            self.hosts.silent = False
         arguments = ["--takeover", self.offer, "--handover", self.offer, "--log-level", "info"]
         before, self.process = self.process, self._start(arguments, log)
         self._wait(lambda: before.poll() is not None, "the process before ends")
@@ -177,6 +183,7 @@ class Succession(contextlib.ExitStack):
             first = next(at for at in self.hosts.answers if at > int(resumed))
             self.answered.append((first - int(resumed)) / 1e6)
             del self.hosts.answers[:-1]
+            self.hosts.silent = True
 
     def _start(self, arguments, log):
         with log.open("wb") as output:
