@@ -8,6 +8,7 @@ loop.run()
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from vsport import chardev
@@ -74,6 +75,11 @@ class Host:
             raise
 
     # -- going on in another process -----------------------------------------------------------------------------------
+
+    @property
+    def edition(self) -> Hashable:
+        """As long as this is the same, give() says the same."""
+        return tuple((id, pump.chardev.edition) for id, pump in self.pumps.items())
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
         """Every open chardev, by its id, for the take() of another process. Changes nothing."""

@@ -18,7 +18,8 @@ import json
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vsport.connection import State
@@ -27,7 +28,16 @@ from vsport.control import Message
 from vsport.document import DocumentError, Fields
 from vsport.errors import GuestError, UsageError
 
-__all__ = ["MAGIC", "SIZE_MAX", "PortConfig", "PortState", "QueueState", "Snapshot"]
+__all__ = [
+    "MAGIC",
+    "SIZE_MAX",
+    "PortConfig",
+    "PortState",
+    "Position",
+    "QueueState",
+    "Snapshot",
+    "read_position",
+]
 
 MAGIC: Final = b"vsport\0\1"
 _FRAME = struct.Struct("<8sIII")
@@ -75,6 +85,10 @@ class QueueState:
     offset: int = 0
 
 
+Position = tuple[int, int]
+"""Of a queue: the next chain, and how much of it was consumed."""
+
+
 @dataclass(frozen=True, slots=True)
 class PortState:
     """A port: what it is, its three bits, and whether the driver has been told of it."""
@@ -103,6 +117,22 @@ class Snapshot:
     ports: tuple[PortState, ...] = ()
     waiting: tuple[Message, ...] = ()
     """Control messages that the guest had no buffer for yet, in order (R-MIG-22)."""
+
+    def moved_since(self, before: Snapshot) -> tuple[Position, ...] | None:
+        """Where the queues are, if nothing but that is different from ``before``; None if something is."""
+        if replace(self, queues=before.queues) != before:
+            return None
+        rings, rings_before = ([(queue.index, queue.size) for queue in each.queues] for each in (self, before))
+        if rings != rings_before:
+            return None
+        return tuple((queue.next_avail, queue.offset) for queue in self.queues)
+
+    def move(self, positions: Sequence[Position]) -> Snapshot:
+        """The inverse: the same, with its queues there. Raises DocumentError."""
+        if len(positions) != len(self.queues):
+            raise DocumentError(f"snapshot: {len(positions)} positions for {len(self.queues)} queues")
+        moved = zip(self.queues, positions, strict=True)
+        return replace(self, queues=tuple(QueueState(queue.index, queue.size, *where) for queue, where in moved))
 
     def encode(self) -> bytes:
         """The document."""
@@ -133,6 +163,14 @@ class Snapshot:
         snapshot = _read_snapshot(Fields.parse("snapshot", header), _Payload(payload))
         _check_consistency(snapshot)
         return snapshot
+
+
+def read_position(where: str, value: object) -> Position:
+    """What moved_since() said of one queue, as it comes out of a document."""
+    match value:
+        case [int(next_avail), int(offset)] if 0 <= next_avail <= 0xFFFF and 0 <= offset <= _OFFSET_MAX:
+            return next_avail, offset
+    raise DocumentError(f"{where}: this is no place in a queue")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

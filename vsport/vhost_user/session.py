@@ -63,6 +63,7 @@ the bits that the flag knows, and would let unknown ones pass."""
 _NOT_VIRTIO = int(Feature.PROTOCOL_FEATURES | Feature.LOG_ALL)
 """Bits that front end and back end have for themselves, among those of the guest's driver."""
 
+_EVENT_IDX, _INDIRECT_DESC = int(Feature.EVENT_IDX), int(Feature.INDIRECT_DESC)
 _STATUS_NEEDS_RESET = 0x40
 _CONFIG_WRITE_BY_GUEST, _CONFIG_WRITE_BY_MIGRATION = 0, 1
 
@@ -95,6 +96,8 @@ class Session:
         """Whether the last message is still to be answered (send_reply): none that comes behind it may be before."""
         self.channel_busy = False
         """Whether a request of ours on the back-end channel is unanswered."""
+        self.edition = 0
+        """Another number whenever give() may say something else, but for what give_rest() says."""
         self._held: frozenset[int] | None = None
         self._has_channel = False
         self._config_stale = False
@@ -107,6 +110,7 @@ class Session:
         A request whose meaning is wrong is refused, if the front end asked to hear of it. Raises FrontEndError if it
         did not, or if the syntax is wrong: the connection has to end (R-VU-04, R-VU-07).
         """
+        self.edition += 1
         unused = list(fds)
         try:
             return self._answer(header, payload, unused)
@@ -476,7 +480,7 @@ class Session:
 
     def kicked(self, index: int) -> None:
         """The driver has kicked queue ``index``. A kick of a ring that is not live waits in the ring (R-RING-83)."""
-        if self.vrings[index].live:
+        if self.vrings[index].live and self._held is None:
             self.device.kick(index)
 
     def queue_failed(self, index: int) -> None:
@@ -519,8 +523,8 @@ class Session:
             vring.address.avail,
             vring.address.used,
             base=vring.base,
-            event_idx=bool(self.device.negotiated & Feature.EVENT_IDX),
-            indirect=bool(self.device.negotiated & Feature.INDIRECT_DESC),
+            event_idx=bool(self.device.negotiated & _EVENT_IDX),
+            indirect=bool(self.device.negotiated & _INDIRECT_DESC),
             reset=vring.base != queue.next_avail,
         )
 
@@ -558,16 +562,19 @@ class Session:
     def config_changed(self) -> None:
         """The configuration space is another one: the front end is told, as soon as it may be."""
         self._config_stale = True
+        self.edition += 1
         self._tell_of_config()
 
     def channel_free(self) -> None:
         """The front end has answered the last request, or has had its time (R-VU-97)."""
         self.channel_busy = False
+        self.edition += 1
         self._tell_of_config()
 
     def channel_lost(self) -> None:
         """The front end has closed the channel, or broken its rules."""
         self._has_channel = False
+        self.edition += 1
 
     def _tell_of_config(self) -> None:
         """One request at a time: changes that come while it is under way become one more (R-VU-54, R-VU-97)."""
@@ -584,19 +591,24 @@ class Session:
         """Stops all queues, and does not say so: the front end's wishes are as they were. Safe to call twice."""
         if self._held is not None:
             return
-        queues = self.device.queues
-        self._held = frozenset(index for index, vring in enumerate(self.vrings) if vring.live and queues[index].running)
-        for index in self._held:
+        self._held = self._running()
+        for index in sorted(self._held, reverse=True):  # the device looks for one that still runs from the first on
             self.edge.poll_ring(index, False)
-            self.vrings[index].base = queues[index].stop()
+            self.vrings[index].base = self.device.queues[index].stop()
             self.device.queue_stopped(index)
         self.edge.poll_log(False)
+
+    def _running(self) -> frozenset[int]:
+        """The rings that move; a live one whose queue does not run has been broken."""
+        rings = zip(self.vrings, self.device.queues, strict=True)
+        return frozenset(index for index, (vring, queue) in enumerate(rings) if vring.live and queue.running)
 
     def resume(self) -> None:
         """Goes on where suspend() stopped, here or in the process that took the session over."""
         if self._held is None:
             return
         held, self._held = sorted(self._held), None
+        self.edition += 1
         for queue, vring in zip(self.device.queues, self.vrings, strict=True):
             queue.call_fd = vring.call_fd
         self._log_anew()
@@ -606,17 +618,18 @@ class Session:
         self._tell_of_config()
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """A suspended session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
+        """The session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
 
-        The device's own state is not in it, nor the socket and the channel, which are the edge's.
+        The device's own state is not in it, nor the socket and the channel, which are the edge's. What it says of rings
+        that run is out of date at once, and said by give_rest().
         """
-        assert self._held is not None
+        held = self._running() if self._held is None else self._held
         return {
             "transfer": self.transfer.give(),
             "protocol_features": int(self.protocol_features),
             "status": self.status,
             "regions": self.memory.give(parcel),
-            "vrings": [vring.give(parcel) | {"held": at in self._held} for at, vring in enumerate(self.vrings)],
+            "vrings": [vring.give(parcel) | {"held": at in held} for at, vring in enumerate(self.vrings)],
             "dirty": self.dirty.give(parcel),
             "inflight": [self.inflight.give(parcel)] if self.inflight is not None else [],
             "channel_busy": self.channel_busy,
@@ -624,7 +637,7 @@ class Session:
         }
 
     def take(self, fields: Fields, delivery: Delivery, *, has_channel: bool) -> None:
-        """Becomes the suspended session that give() described, and does not touch the device before resume().
+        """Becomes the session that give() described, suspended, and does not touch the device before resume().
 
         Raises DocumentError, FrontEndError; release() undoes what was done until then.
         """
@@ -644,6 +657,25 @@ class Session:
         self.channel_busy = fields.boolean("channel_busy")
         self._config_stale = fields.boolean("config_stale")
         fields.end()
+
+    def give_rest(self) -> dict[str, Any]:
+        """Where the rings of a suspended session stand."""
+        assert self._held is not None
+        return {"held": [{"index": index, "base": self.vrings[index].base} for index in sorted(self._held)]}
+
+    def take_rest(self, fields: Fields) -> None:
+        """After take(): which of its running rings run on, and from where. Raises DocumentError."""
+        assert self._held is not None
+        held = set()
+        for state in fields.each("held", len(self._held), Fields):
+            index = state.integer("index", 0, len(self.vrings) - 1)
+            if index not in self._held:
+                raise DocumentError(f"{state.where}: vring {index} did not run before")
+            self.vrings[index].base = state.integer("base", 0, 0xFFFF)
+            state.end()
+            held.add(index)
+        fields.end()
+        self._held = frozenset(held)
 
     def _take_vrings(self, fields: Fields, delivery: Delivery) -> frozenset[int]:
         """Takes all rings; says which of them have to run after resume()."""
@@ -665,9 +697,8 @@ class Session:
             raise DocumentError(f"vring {index} runs without having been started")
         if runs and vring.address is not None:
             self._check_layout(vring.address, vring.size)
-        if vring.kick_fd >= 0:  # whether it can be waited for
+        if vring.kick_fd >= 0:  # it is waited for from now on: nothing is heard before the loop runs
             self.edge.watch_kick(index, vring.kick_fd)
-            self.edge.unwatch_kick(vring.kick_fd)
         for fd in (vring.call_fd, vring.err_fd):
             if fd >= 0:
                 self.edge.make_nonblocking(fd)
