@@ -110,8 +110,6 @@ cdef enum:
     EVENTS_MAX = 256            # of one look at epoll
     LINGERING_MAX = 64
     LOOKS = 16                  # at the rings, between two looks at epoll
-    SPIN_FIRST = 4000           # nanoseconds of the first spin after a long sleep
-    SPIN_GROWTH = 2
     # Nanoseconds that the driver waits at most for the interrupt that gives it back a chain that it has sent. By then it
     # has mostly fetched it by itself, and wants none.
     CALL_DELAY = 200000
@@ -173,7 +171,7 @@ cdef struct Wait:
     Work *lingering[LINGERING_MAX]
     int lingerers
     int64_t spin_max            # nanoseconds; 0: never
-    int64_t spin                # for how long the next wait may spin
+    int64_t spin                # how long the next wait may spin
     Ready ready[EVENTS_MAX]
     int ready_count
     uint64_t sleeps
@@ -441,12 +439,12 @@ cdef void dispatch(Wait *p, int fd, uint32_t events) noexcept nogil:
 # -- waiting -----------------------------------------------------------------------------------------------------------
 
 cdef bint look_at_lingering(Wait *p) noexcept nogil:
-    """Whether a ring has got chains while its kicks were off: then all of them have their turns."""
+    """Whether rings have got chains while their kicks were off: they have a turn, and linger on."""
     cdef int i
     for i in range(p.lingerers):
-        if has_chain(p.lingering[i].ring):
-            return True
-    return False
+        if p.lingering[i].outcome == EMPTY and has_chain(p.lingering[i].ring):
+            put_off(p, p.lingering[i])
+    return p.backlog != NULL
 
 
 cdef void end_lingering(Wait *p) noexcept nogil:
@@ -456,21 +454,19 @@ cdef void end_lingering(Wait *p) noexcept nogil:
     for i in range(p.lingerers):
         w = p.lingering[i]
         w.lingers = False
-        if ring_kicks_on(w.ring):
+        if w.outcome == EMPTY and ring_kicks_on(w.ring):
             put_off(p, w)
     p.lingerers = 0
 
 
-cdef int spin(Wait *p, epoll_event *events, int64_t length) noexcept nogil:
+cdef int spin(Wait *p, epoll_event *events, int64_t end) noexcept nogil:
     """Looks instead of sleeping. Says how many events there are; or there is a backlog, or nothing has come."""
-    cdef int64_t end = now() + length
     cdef int i, count
     p.spins += 1
     while True:
         sched_yield()           # whom the last turn has woken may have been given this very processor
         for i in range(LOOKS if p.lingerers else 1):
             if look_at_lingering(p):
-                end_lingering(p)
                 return 0
         count = epoll_wait(p.epoll, events, EVENTS_MAX, 0)
         if count or now() >= end:
@@ -478,31 +474,26 @@ cdef int spin(Wait *p, epoll_event *events, int64_t length) noexcept nogil:
 
 
 cdef int sleep(Wait *p, epoll_event *events, int64_t patience) noexcept nogil:
-    """Waits for events, at most ``patience`` nanoseconds; a spin is as long as it has proved worthwhile lately."""
-    cdef int64_t began = 0
+    """Waits for events, at most ``patience`` nanoseconds; if the last wait was short, it spins before it sleeps."""
+    cdef int64_t began, length
     cdef int count
-    if p.spin_max:
-        if p.spin and (patience < 0 or patience > p.spin):
-            count = spin(p, events, p.spin)
-            if count or p.backlog != NULL:
-                return count
-        end_lingering(p)
-        if p.backlog != NULL:
-            return 0
-        began = now()
+    if p.spin_max == 0:
+        p.sleeps += 1
+        return epoll_wait(p.epoll, events, EVENTS_MAX, patience)
+    began = now()
+    length = p.spin if patience < 0 else min(p.spin, patience)
+    if length:
+        count = spin(p, events, began + length)
+        if count or p.backlog != NULL or length == patience:
+            return count
+    end_lingering(p)
+    if p.backlog != NULL:
+        return 0
     p.sleeps += 1
-    count = epoll_wait(p.epoll, events, EVENTS_MAX, patience)
-    if p.spin_max:
-        adapt(p, now() - began)
+    count = epoll_wait(p.epoll, events, EVENTS_MAX, patience - length if patience > 0 else patience)
+    if count:                   # else only the time was over
+        p.spin = p.spin_max if now() - began <= p.spin_max else 0
     return count
-
-
-cdef void adapt(Wait *p, int64_t slept) noexcept nogil:
-    """A sleep that a longer spin would have saved makes the next one longer; a long sleep ends spinning."""
-    if slept <= p.spin_max:
-        p.spin = min(max(SPIN_GROWTH * p.spin, <int64_t>SPIN_FIRST), p.spin_max)
-    else:
-        p.spin = 0
 
 
 cdef int wait(Wait *p, int64_t patience) noexcept nogil:
