@@ -483,6 +483,8 @@ def test_r_ring_82_a_region_that_is_gone_before_the_start() -> None:
 class Crashing(QueueModel):
     """A device of which nothing is left now and then but its region."""
 
+    PACKED = st.just(False)  # R-VU-90
+
     def make_device(self) -> DeviceQueue:
         assume(not self.packed)  # R-VU-90
         if not hasattr(self, "flight"):

@@ -37,6 +37,8 @@ class Chain:
 class QueueModel(RuleBasedStateMachine):
     """What both directions have in common: the driver's half, and notifications."""
 
+    PACKED = st.booleans()
+
     def __init__(self) -> None:
         super().__init__()
         self.added: list[Chain] = []
@@ -53,7 +55,7 @@ class QueueModel(RuleBasedStateMachine):
         size=st.sampled_from([1, 2, 3, 7, 8]),
         event_idx=st.booleans(),
         indirect=st.booleans(),
-        packed=st.booleans(),
+        packed=st.runner().flatmap(lambda machine: machine.PACKED),
         in_order=st.booleans(),
     )
     def make(self, size: int, event_idx: bool, indirect: bool, packed: bool, in_order: bool) -> None:

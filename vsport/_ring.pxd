@@ -299,6 +299,7 @@ cdef class DriverQueue:
     cdef DriverRing d
     cdef Memory memory
     cdef bint indirect
+    cdef readonly bint packed
     cdef readonly int size
     cdef readonly uint64_t desc
     cdef readonly uint64_t avail

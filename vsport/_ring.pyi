@@ -251,8 +251,8 @@ class DriverQueue:
     zeroed; ``desc``, ``avail`` and ``used`` are their guest-physical addresses. The used ring, or a packed ring's event
     structure of the device, begins a page, so that what only the device writes is on no page of the driver's (R-VU-80).
     With ``in_order`` descriptors are used one after the other, and a used entry may stand for all chains that were
-    offered before its own: each of them is collected, as full (R-RING-51, R-RING-52). A rule broken by the device marks the queue broken and
-    raises DeviceError (R-RING-84).
+    offered before its own: each of them is collected, as full (R-RING-51, R-RING-52). A rule broken by the device marks
+    the queue broken and raises DeviceError (R-RING-84).
     """
 
     def __new__(
@@ -276,6 +276,7 @@ class DriverQueue:
         if they are not aligned to 16 on the host, and then nothing has changed.
         """
     size: Final[int]
+    packed: Final[bool]
     desc: Final[int]
     avail: Final[int]
     used: Final[int]
@@ -296,8 +297,8 @@ class DriverQueue:
     ) -> int:
         """Puts a chain of (gpa, length) elements into the ring, not yet published.
 
-        Returns its head, or buffer id. With ``indirect_table`` (a gpa with 16 bytes for each element) it takes one descriptor.
-        Raises BufferError if the table is full, ValueError if there is no element.
+        Returns its head, or buffer id. With ``indirect_table`` (a gpa with 16 bytes for each element) it takes one
+        descriptor. Raises BufferError if the table is full, ValueError if there is no element.
         """
     def publish(self) -> bool:
         """Shows the added chains to the device; True if the device wants a notification."""

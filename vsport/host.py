@@ -34,7 +34,12 @@ class Host:
     def __init__(self, loop: Loop, configuration: Configuration, name: str = "") -> None:
         self.loop = loop
         self.configuration = configuration
-        self.device = SerialDevice(max_ports=configuration.max_ports, name=name)
+        self.device = SerialDevice(
+            max_ports=configuration.max_ports,
+            packed=configuration.packed,
+            in_order=configuration.in_order,
+            name=name,
+        )
         self.device.on_backlog = self._again_soon
         self._backlog: set[int] = set()
         self.pumps: dict[int, PortPump] = {}

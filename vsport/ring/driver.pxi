@@ -267,7 +267,7 @@ cdef class DriverQueue:
             raise ValueError("a queue's address has to be a multiple of 4096")
         self.size = self.d.size = self.d.free = size
         self.d.event_idx = event_idx
-        self.d.packed = packed
+        self.d.packed = self.packed = packed
         self.d.in_order = in_order
         self.d.calls_wanted = True
         self.indirect = indirect
