@@ -40,13 +40,12 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vsport.addresses import UnixAddress
-from vsport.constants import PORTS_MAX, queue_count
 from vsport.document import DocumentError, Fields
 from vsport.errors import HostError, VsportError
 from vsport.host import Host
 from vsport.loop import READ, WRITE, Loop, Timer
 from vsport.parcel import Delivery, Parcel
-from vsport.snapshot import Position, Snapshot, read_position
+from vsport.snapshot import Snapshot
 from vsport.vhost_user.server import Server
 
 __all__ = ["STEP_SECONDS", "VERSION", "Cargo", "Offer", "Takeover"]
@@ -68,7 +67,6 @@ _FDS_AT_ONCE = 253
 """The kernel's limit for one message (SCM_MAX_FD)."""
 _DRAFTS = 3
 """How many drafts there are at most before the device is suspended: one that changes faster never ends."""
-_QUEUES_MAX = queue_count(PORTS_MAX)
 _TEXTS_MAX = 1000
 _WHY_MAX = 500
 
@@ -552,9 +550,9 @@ class _Dialogue:
         cargo, parcel = self._offer.cargo, Parcel()
         drafts = [] if up_to_date else [self._describe(parcel)]
         snapshot = cargo.host.device.snapshot()
-        positions = snapshot.moved_since(self._preview)
-        rest = {"paused_at": paused_at, "drafts": drafts, "positions": positions or [], **cargo.give_rest()}
-        attachment = snapshot.encode() if positions is None else b""
+        moved = snapshot.moved_since(self._preview)
+        rest = {"paused_at": paused_at, "drafts": drafts, "whole": moved is None, **cargo.give_rest()}
+        attachment = snapshot.encode() if moved is None else moved
         return _Outgoing(_encode("state", attachment, len(parcel.fds), **rest), parcel)
 
     def _fail(self, exc: BaseException) -> None:
@@ -692,8 +690,7 @@ class Takeover:
             self._say("arranged")
         state = message.expect("state")
         self._paused_at = state.integer("paused_at", 0, 2**63 - 1)
-        positions = state.each("positions", _QUEUES_MAX, read_position)
-        cargo.take_rest(state, draft.snapshot(positions, message.attachment))
+        cargo.take_rest(state, draft.snapshot(message.attachment, whole=state.boolean("whole")))
         state.end()
         return draft.offer
 
@@ -757,13 +754,13 @@ class _Draft:
         self._preview = Snapshot.decode(preview)
         self._cargo.host.device.check(self._preview)
 
-    def snapshot(self, positions: Sequence[Position], whole: bytes) -> Snapshot:
-        """The device that was suspended: ``whole``, or the preview with its queues at ``positions``."""
+    def snapshot(self, data: bytes, *, whole: bool) -> Snapshot:
+        """The device that was suspended, or what is different from the preview."""
         if whole:
-            return Snapshot.decode(whole)
+            return Snapshot.decode(data)
         if self._preview is None:
             raise DocumentError("a state without a draft before it")
-        return self._preview.move(positions)
+        return self._preview.move(data)
 
     def release(self) -> None:
         """Nobody notices that it was there."""

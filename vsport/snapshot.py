@@ -18,7 +18,6 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -33,10 +32,8 @@ __all__ = [
     "SIZE_MAX",
     "PortConfig",
     "PortState",
-    "Position",
     "QueueState",
     "Snapshot",
-    "read_position",
 ]
 
 MAGIC: Final = b"vsport\0\1"
@@ -46,6 +43,8 @@ _PAYLOAD_MAX = 64 << 20
 SIZE_MAX: Final = _FRAME.size + _HEADER_MAX + _PAYLOAD_MAX
 """Bytes of the largest document."""
 _WAITING_MAX = 16 * PORTS_MAX
+_POSITION = struct.Struct("<HQ")
+"""Of a queue: the next chain, and how much of it was consumed."""
 _OFFSET_MAX = QUEUE_SIZE_MAX << 32
 _FEATURES = sum(int(feature) for feature in Feature)
 _NAME_BYTES_MAX = 1024
@@ -86,10 +85,6 @@ class QueueState:
     offset: int = 0
 
 
-Position = tuple[int, int]
-"""Of a queue: the next chain, and how much of it was consumed."""
-
-
 @dataclass(frozen=True, slots=True)
 class PortState:
     """A port: what it is, its three bits, and whether the driver has been told of it."""
@@ -119,21 +114,26 @@ class Snapshot:
     waiting: tuple[Message, ...] = ()
     """Control messages that the guest had no buffer for yet, in order (R-MIG-22)."""
 
-    def moved_since(self, before: Snapshot) -> tuple[Position, ...] | None:
+    def moved_since(self, before: Snapshot) -> bytes | None:
         """Where the queues are, if nothing but that is different from ``before``; None if something is."""
         if replace(self, queues=before.queues) != before:
             return None
         rings, rings_before = ([(queue.index, queue.size) for queue in each.queues] for each in (self, before))
         if rings != rings_before:
             return None
-        return tuple((queue.next_avail, queue.offset) for queue in self.queues)
+        return b"".join(_POSITION.pack(queue.next_avail, queue.offset) for queue in self.queues)
 
-    def move(self, positions: Sequence[Position]) -> Snapshot:
+    def move(self, positions: bytes) -> Snapshot:
         """The inverse: the same, with its queues there. Raises DocumentError."""
-        if len(positions) != len(self.queues):
-            raise DocumentError(f"snapshot: {len(positions)} positions for {len(self.queues)} queues")
-        moved = zip(self.queues, positions, strict=True)
-        return replace(self, queues=tuple(QueueState(queue.index, queue.size, *where) for queue, where in moved))
+        if len(positions) != len(self.queues) * _POSITION.size:
+            raise DocumentError(f"snapshot: {len(positions)} bytes do not say where {len(self.queues)} queues are")
+        moved = [
+            QueueState(queue.index, queue.size, *where)
+            for queue, where in zip(self.queues, _POSITION.iter_unpack(positions), strict=True)
+        ]
+        if any(queue.offset > _OFFSET_MAX for queue in moved):
+            raise DocumentError("snapshot: no chain is as long as is said to have been consumed")
+        return replace(self, queues=tuple(moved))
 
     def encode(self) -> bytes:
         """The document."""
@@ -164,14 +164,6 @@ class Snapshot:
         snapshot = _read_snapshot(Fields.parse("snapshot", header), _Payload(payload))
         _check_consistency(snapshot)
         return snapshot
-
-
-def read_position(where: str, value: object) -> Position:
-    """What moved_since() said of one queue, as it comes out of a document."""
-    match value:
-        case [int(next_avail), int(offset)] if 0 <= next_avail <= 0xFFFF and 0 <= offset <= _OFFSET_MAX:
-            return next_avail, offset
-    raise DocumentError(f"{where}: this is no place in a queue")
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------

@@ -366,23 +366,17 @@ class Connection:
     # -- handover ----------------------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Stops the rings, and listens to nobody."""
+        """Stops the rings, and listens to nobody. Kicks say nothing new: resume() looks at each ring by itself."""
         self.session.suspend()
         self._unwatch()
-        for vring in self.session.vrings:
-            if vring.kick_fd >= 0:
-                self.loop.unwatch(vring.kick_fd)
         if self._channel is not None:
             self._channel.suspend()
 
     def resume(self) -> None:
-        """A kick that came meanwhile is in its descriptor, a message in the socket."""
+        """What was said meanwhile is in the rings and in the socket."""
         self.watch()
         if self._unsent.data:
             self._be_patient()
-        for index, vring in enumerate(self.session.vrings):
-            if vring.kick_fd >= 0:
-                self._watch_kick(index, vring.kick_fd)
         if self._channel is not None:
             self._channel.resume()
         self.session.resume()
@@ -468,12 +462,9 @@ class Connection:
     def watch_kick(self, index: int, fd: int) -> None:
         self.make_nonblocking(fd)
         try:
-            self._watch_kick(index, fd)
+            self.loop.watch_kick(fd, self.session.device.queues[index], functools.partial(self._kicked, index, fd))
         except OSError as exc:
             raise FrontEndError("R-VU-21", f"cannot wait for kicks on this descriptor: {exc.strerror}") from exc
-
-    def _watch_kick(self, index: int, fd: int) -> None:
-        self.loop.watch_kick(fd, self.session.device.queues[index], functools.partial(self._kicked, index, fd))
 
     def unwatch_kick(self, fd: int) -> None:
         self.loop.unwatch(fd)

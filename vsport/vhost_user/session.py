@@ -647,9 +647,8 @@ class Session:
             return
         held, self._held = sorted(self._held), None
         self.edition += 1
-        for queue, vring in zip(self.device.queues, self.vrings, strict=True):
-            queue.call_fd = vring.call_fd
-        self._log_anew()
+        if self.dirty.logs:
+            self._log_anew()
         for index in [index for index in held if self._restart(index, self.vrings[index])]:
             self.edge.poll_ring(index, self.vrings[index].polled)
             self.device.queue_started(index)
@@ -675,7 +674,7 @@ class Session:
         }
 
     def take(self, fields: Fields, delivery: Delivery, *, has_channel: bool) -> None:
-        """Becomes the session that give() described, suspended, and does not touch the device before resume().
+        """Becomes the session that give() described, suspended, and does not touch a ring before resume().
 
         Raises DocumentError, FrontEndError; release() undoes what was done until then.
         """
@@ -697,23 +696,20 @@ class Session:
         fields.end()
 
     def give_rest(self) -> dict[str, Any]:
-        """Where the rings of a suspended session stand."""
+        """Which rings of a suspended session run as soon as it is resumed."""
         assert self._held is not None
-        return {"held": [{"index": index, "base": self.vrings[index].base} for index in sorted(self._held)]}
+        return {"held": sorted(self._held)}
 
     def take_rest(self, fields: Fields) -> None:
-        """After take(): which of its running rings run on, and from where. Raises DocumentError."""
+        """After take(), and when the device knows where its queues stand. Raises DocumentError."""
         assert self._held is not None
-        held = set()
-        for state in fields.each("held", len(self._held), Fields):
-            index = state.integer("index", 0, len(self.vrings) - 1)
-            if index not in self._held:
-                raise DocumentError(f"{state.where}: vring {index} did not run before")
-            self.vrings[index].base = state.integer("base", 0, 0xFFFF)
-            state.end()
-            held.add(index)
+        held = frozenset(fields.each("held", len(self._held), _read_index))
         fields.end()
-        self._held = frozenset(held)
+        if not held <= self._held:
+            raise DocumentError(f"{fields.where}: a ring that did not run at the time of the draft")
+        for index in held:
+            self.vrings[index].base = self.device.queues[index].next_avail
+        self._held = held
 
     def _take_vrings(self, fields: Fields, delivery: Delivery) -> frozenset[int]:
         """Takes all rings; says which of them have to run after resume()."""
@@ -723,6 +719,7 @@ class Session:
         held = set()
         for index, (vring, state) in enumerate(zip(self.vrings, states, strict=True)):
             vring.take(index, state, delivery, packed=self._packed)
+            self.device.queues[index].call_fd = vring.call_fd
             if state.boolean("held"):
                 held.add(index)
             state.end()
@@ -764,3 +761,9 @@ class Session:
         self._drop_inflight()
         self.dirty.close()
         self.memory.clear()
+
+
+def _read_index(where: str, value: object) -> int:
+    if type(value) is not int:
+        raise DocumentError(f"{where}: the number of a queue belongs here")
+    return value
