@@ -44,7 +44,7 @@ $(VENV)/.installed: pyproject.toml | tools
 	@$(PIP) --group dev
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py vsport/_ring.pyx vsport/_ring.pxd $(wildcard vsport/ring/*.pxi vsport/*.h)
+$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard vsport/*.pyx vsport/*.pxd vsport/ring/*.pxi vsport/*.h)
 	@echo "building vsport"
 	@$(PIP) --quiet --no-build-isolation --editable .  # Twice quiet: setuptools warns of every editable package.
 	@touch $@
@@ -73,7 +73,7 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest vsport._ring
+	$(BIN)/python -m mypy.stubtest vsport._ring vsport._poll
 	$(BIN)/lint-imports
 
 # The extension with AddressSanitizer and UBSan in a tree of its own; leaks are the interpreter's own at exit.
@@ -87,4 +87,4 @@ wheel: build
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist vsport/_ring.c vsport/_ring.*.so *.egg-info
+	rm -rf $(VENV) build dist vsport/_*.c vsport/_*.so *.egg-info

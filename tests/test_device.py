@@ -19,7 +19,7 @@ from vsport.sim import HOSTILE, LINUX, Direct, SimulatedGuest
 from vsport.snapshot import PortState, Snapshot
 
 
-class Recorder:
+class Recorder(BackEnd):
     """A back end that takes notes, and takes what the guest sends up to ``room`` bytes."""
 
     def __init__(self, port, room=1 << 30):

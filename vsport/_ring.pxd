@@ -127,6 +127,7 @@ cdef struct Ring:
     uint16_t used_idx
     uint16_t shown              # the place up to which the driver has been shown what is used
     uint16_t pending_seen       # chains known to be offered; the driver cannot take them back (R-RING-70)
+    uint16_t most_pending       # chains offered at once since the start
     uint32_t slots_seen         # packed: slots of those chains
     uint16_t first_flags        # packed: of the first used descriptor that is not shown yet
     uint32_t run                # completed chains that one used entry is going to stand for (R-RING-50)
@@ -154,8 +155,25 @@ cdef struct Ring:
     uint64_t bytes_moved
     uint64_t bytes_discarded
     uint64_t chains
+    uint32_t starts             # how often it has been started
+    int call_fd                 # -1: none
+    bint call_is_socket
+    uint64_t calls              # interrupts sent or asked for
+    void *work                  # what a poller does with it; NULL: nothing
+
+# What an operation comes back with: a Status, or one of the negative numbers.
+cdef enum:
+    EMPTY = 0
+    BLOCKED = 1
+    END_OF_FILE = 2
+    MORE = 3
+    STOPPED = 4
+    FAULTY = -1
+    FAILED = -2
+    INTERRUPTED = -3
 
 cdef enum:
+    BUDGET = 1 << 20            # bytes of one turn
     BATCH_PIECES = 512
     BATCH_CHAINS = 512
 
@@ -187,14 +205,15 @@ cdef struct Walk:
     uint32_t entries
     bint writable_seen
 
-# What other modules of the bytes plane may call. The queue that they work on has to be theirs alone meanwhile.
+# What a poller does with a running ring, without the interpreter lock.
 cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogil
 cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil
-cdef bint call_wanted(Ring *r) noexcept nogil
-cdef bint has_chain(Ring *r) noexcept nogil
-cdef void ask_for_kick(Ring *r) noexcept nogil
+cdef bint ring_notify(Ring *r) noexcept nogil
+cdef bint ring_kicks_on(Ring *r) noexcept nogil
+cdef bint ring_kicks_ahead(Ring *r) noexcept nogil
+cdef uint32_t ring_unread(Ring *r) noexcept nogil
 cdef void ask_for_no_kick(Ring *r) noexcept nogil
-cdef void tell_driver(Ring *r, size_t where, uint16_t value) noexcept nogil
+cdef bint has_chain(Ring *r) noexcept nogil
 
 
 # -- the driver's side -------------------------------------------------------------------------------------------------
@@ -259,13 +278,11 @@ cdef class DeviceQueue:
     cdef Ring r
     cdef readonly int index
     cdef bint busy
-    cdef int _call_fd
-    cdef bint call_is_socket
+    cdef bint *poller           # whether a poller that has this queue is at work, in whatever thread; NULL: none has
     cdef Memory memory
     cdef DirtyLog log
     cdef Inflight _inflight
     cdef readonly object fault
-    cdef readonly uint64_t calls
 
     cdef int make_tables(self, size_t size) except -1
     cdef uint16_t recover(self, uint16_t base) except *
@@ -277,7 +294,6 @@ cdef class DeviceQueue:
     cdef int offer_chains(self, object sink, uint64_t budget) except -100
     cdef int offer_pieces(self, Batch *b, object sink, uint64_t *taken) except -1
     cdef object take_message(self, uint64_t limit)
-    cdef int send_call(self) except -1
 
 cdef class DriverQueue:
     cdef DriverRing d

@@ -50,7 +50,6 @@ cdef enum:
     ALL_INDICES = 65536
     # After this many descriptors and pieces a call comes back and lets others have their turn (R-RING-80).
     WALK_LIMIT = 1 << 18
-    BUDGET = 1 << 20
     # So that no sum of lengths leaves 32 bits, in used.len as in readv().
     BUDGET_MAX = 1 << 30
     PAGE = 4096
@@ -61,18 +60,6 @@ cdef enum:
     # Of an in-flight region (R-VU-85).
     FLIGHT_VERSION = 1
     FLIGHT_HEAD = 16
-
-# What an operation comes back with: a Status, or one of the negative numbers.
-cdef enum:
-    EMPTY = 0
-    BLOCKED = 1
-    END_OF_FILE = 2
-    MORE = 3
-    STOPPED = 4
-    FAULTY = -1
-    FAILED = -2
-    INTERRUPTED = -3
-
 
 class Status(IntEnum):
     """Why a drain or a fill came back."""

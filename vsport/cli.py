@@ -56,6 +56,12 @@ later have the new version take it over; guest and hosts notice a short pause:
 
 The second one offers it in turn. The first one ends with exit code 0 as soon as
 the second one has all; if that fails at any point, the first one just goes on.
+
+One process for many machines; {vm} is the name of each:
+
+  vsport serve --vm web1 --vm web2 --socket-path /run/{vm}.sock \\
+    --chardev socket,id=c0,path=/run/{vm}-agent.sock,server=on,wait=off \\
+    --device virtserialport,chardev=c0,name=org.qemu.guest_agent.0
 """
 
 
@@ -123,8 +129,9 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     serve = commands.add_parser(
         "serve",
         help="serve a virtio-serial device to a virtual machine (the daemon)",
-        description="Serves one virtio-serial device to a virtual machine monitor (VMM), such as QEMU\n"
-        "or User Mode Linux, over vhost-user, until SIGTERM or Ctrl-C.",
+        description="Serves a virtio-serial device to a virtual machine monitor (VMM), such as QEMU\n"
+        "or User Mode Linux, over vhost-user, until SIGTERM or Ctrl-C. With --vm, one\n"
+        "process serves many machines, a device to each.",
         epilog=_SERVE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -132,6 +139,14 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket-path", metavar="PATH", help="listen for the VMM on this Unix socket")
     where.add_argument("--fd", type=int, metavar="N", help="instead: an inherited socket, listening or connected")
+    serve.add_argument(
+        "--vm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve several virtual machines: {vm} in the other options stands for the name of each; repeat it",
+    )
+    serve.add_argument("--vms", metavar="FILE", help="the same, with a name in each line of FILE; - is standard input")
     serve.add_argument(
         "--chardev",
         "-chardev",
@@ -158,6 +173,13 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "--takeover",
         metavar="PATH",
         help="take it over from the process that offers it at PATH, and go on in its place; needs none of the above",
+    )
+    serve.add_argument(
+        "--poll-max-ns",
+        type=int,
+        metavar="N",
+        help="after traffic look for more for up to N nanoseconds instead of sleeping, while that pays; 0: never; "
+        "default: 100000, or 0 on one processor",
     )
     serve.add_argument(
         "--log-level",

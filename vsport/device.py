@@ -30,13 +30,21 @@ from vsport.constants import (
 from vsport.control import Message, Outbox
 from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
-from vsport.port import BackEnd, Manners, Port, PortConfig, Whose
+from vsport.port import BackEnd, Log, Manners, Port, PortConfig, Whose
 from vsport.snapshot import QueueState, Snapshot
 
 __all__ = ["SerialDevice"]
 
 log = logging.getLogger("vsport.device")
 
+_MULTIPORT = int(Feature.MULTIPORT)
+_RING_OPTIONS = {
+    "event_idx": int(Feature.EVENT_IDX),
+    "indirect": int(Feature.INDIRECT_DESC),
+    "packed": int(Feature.RING_PACKED),
+    "in_order": int(Feature.IN_ORDER),
+}
+"""A plain number: looking at an IntFlag takes longer than all the rest of a kick."""
 _CONTROL_TURN = 256
 """Control messages handled in one turn, so that a guest that never stops sending cannot keep the loop for itself."""
 
@@ -71,10 +79,13 @@ class SerialDevice:
         rows: int = 25,
         packed: bool = False,
         in_order: bool = False,
+        name: str = "",
     ) -> None:
         if not 1 <= max_ports <= PORTS_MAX:
             raise UsageError(f"max_ports={max_ports} is not in 1 to {PORTS_MAX}: vhost-user has 256 queues at most")
         self.max_ports = max_ports
+        self.log: Log = logging.LoggerAdapter(log, {"whose": f"{name}: "}) if name else log
+        """For all that is said about this device, also by its front end's session: ``whose`` is what it begins with."""
         self.cols, self.rows = cols, rows
         self.features = int(self.OFFERED)
         if packed:
@@ -111,17 +122,12 @@ class SerialDevice:
     @property
     def multiport(self) -> bool:
         """Whether control queues and ports other than port 0 exist for the driver (R-CON-03)."""
-        return bool(self.negotiated & Feature.MULTIPORT)
+        return bool(self.negotiated & _MULTIPORT)
 
     @property
     def ring_options(self) -> dict[str, bool]:
         """How queues are used, as DeviceQueue.start() wants to be told."""
-        return {
-            "event_idx": bool(self.negotiated & Feature.EVENT_IDX),
-            "indirect": bool(self.negotiated & Feature.INDIRECT_DESC),
-            "packed": bool(self.negotiated & Feature.RING_PACKED),
-            "in_order": bool(self.negotiated & Feature.IN_ORDER),
-        }
+        return {option: bool(self.negotiated & bit) for option, bit in _RING_OPTIONS.items()}
 
     def negotiate(self, features: int) -> None:
         """The driver has accepted these features; raises FrontEndError if some of them were not offered."""
@@ -188,6 +194,7 @@ class SerialDevice:
         port = self.ports[id]
         port.feed(Cause.UNPLUG)
         del self.ports[id]
+        port.back_end.halt()
         port.back_end = BackEnd()
         if port.added:
             self.tell(Message(id, Event.PORT_REMOVE, 1))
@@ -279,6 +286,10 @@ class SerialDevice:
         """
         if self.running:
             raise UsageError("the device runs: stop its queues before its state is saved")
+        return self.preview()
+
+    def preview(self) -> Snapshot:
+        """What snapshot() would say just now, of a device that may run: its queues are elsewhere already."""
         return Snapshot(
             max_ports=self.max_ports,
             cols=self.cols,
@@ -301,7 +312,7 @@ class SerialDevice:
         (OnRestore). ``carried`` makes it a handover: the numbers of the ports whose host's session came along.
         Raises DocumentError or UsageError, and then nothing has changed.
         """
-        self._check(snapshot)
+        self.check(snapshot)
         self.negotiated, self.driver_ready = snapshot.features, snapshot.driver_ready
         self.cols, self.rows = snapshot.cols, snapshot.rows
         self._outbox.replace(snapshot.waiting)
@@ -317,7 +328,7 @@ class SerialDevice:
         for queue in self.queues:
             queue.restore(*positions.get(queue.index, (0, 0)))
 
-    def _check(self, snapshot: Snapshot) -> None:
+    def check(self, snapshot: Snapshot) -> None:
         """Whether ``snapshot`` fits this device; raises DocumentError, or UsageError while a queue runs."""
         if self.running:
             raise UsageError("the device runs: stop its queues before it is restored")
@@ -359,7 +370,7 @@ class SerialDevice:
         try:
             while (message := self._outbox.peek()) is not None and queue.push(message.encode()):
                 self._outbox.sent()
-                log.debug("to guest: %s", message)
+                self.log.debug("to guest: %s", message)
             # Asking for the kick comes after the failed push, so a buffer that came in between is seen here.
             if queue.kicks_on() and len(self._outbox):
                 self.backlog(QUEUE_CONTROL_RX)
@@ -390,11 +401,11 @@ class SerialDevice:
     def _heard(self, data: bytes) -> None:
         try:
             message = Message.decode(data)
-            log.debug("from guest: %s", message)
+            self.log.debug("from guest: %s", message)
             self._act_on(message)
         except GuestError as exc:
             self.refused += 1
-            log.info("control message dropped: %s", exc)
+            self.log.info("control message dropped: %s", exc)
 
     def _act_on(self, message: Message) -> None:
         match message.event:
@@ -452,13 +463,13 @@ class SerialDevice:
         return self._outbox.has_for(port)
 
     def fault(self, index: int, error: GuestError | FrontEndError) -> None:
-        log.warning("queue %d stopped: %s", index, error)
+        self.log.warning("queue %d stopped: %s", index, error)
         self.on_fault(index, error)
 
     def transition(self, port: Port, cause: Cause, before: State) -> None:
-        log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
+        self.log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
         self.on_transition(port, cause, before)
 
     def dropped(self, port: Port, count: int, whose: Whose) -> None:
-        log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
+        self.log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
         self.on_drop(port, count, whose)

@@ -8,6 +8,7 @@ loop.run()
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from vsport import chardev
@@ -25,13 +26,19 @@ __all__ = ["Host"]
 
 
 class Host:
-    """Makes all that ``configuration`` names; raises UsageError. It touches nothing of the machine before open()."""
+    """Makes all that ``configuration`` names; raises UsageError. It touches nothing of the machine before open().
 
-    def __init__(self, loop: Loop, configuration: Configuration) -> None:
+    ``name`` is the device's in the log, where one process has many of them.
+    """
+
+    def __init__(self, loop: Loop, configuration: Configuration, name: str = "") -> None:
         self.loop = loop
         self.configuration = configuration
         self.device = SerialDevice(
-            max_ports=configuration.max_ports, packed=configuration.packed, in_order=configuration.in_order
+            max_ports=configuration.max_ports,
+            packed=configuration.packed,
+            in_order=configuration.in_order,
+            name=name,
         )
         self.device.on_backlog = self._again_soon
         self._backlog: set[int] = set()
@@ -73,6 +80,11 @@ class Host:
             raise
 
     # -- going on in another process -----------------------------------------------------------------------------------
+
+    @property
+    def edition(self) -> Hashable:
+        """As long as this is the same, give() says the same."""
+        return tuple((id, pump.chardev.edition) for id, pump in self.pumps.items())
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
         """Every open chardev, by its id, for the take() of another process. Changes nothing."""

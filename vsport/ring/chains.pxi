@@ -137,6 +137,7 @@ cdef int gather(Ring *r, Batch *b, bint writable, uint64_t enough, uint64_t limi
     if r.packed:
         r.pending_seen = max(r.pending_seen, <uint16_t>b.count)
         r.slots_seen = max(r.slots_seen, b.slots)
+    r.most_pending = max(r.most_pending, r.pending_seen)
     if flag_get(&r.mem.lost):
         b.count = 0
     if r.flight != NULL:

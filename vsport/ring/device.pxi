@@ -63,7 +63,7 @@ cdef class DeviceQueue:
 
     def __cinit__(self, index: int):
         self.index = index
-        self._call_fd = -1
+        self.r.call_fd = -1
 
     def __dealloc__(self):
         PyMem_Free(self.r.stamps)
@@ -73,7 +73,7 @@ cdef class DeviceQueue:
     # other threads run while the interpreter lock is released.
 
     cdef int idle(self) except -1:
-        if self.busy:
+        if self.busy or (self.poller != NULL and self.poller[0]):
             raise RuntimeError(f"queue {self.index} is busy")
         return 0
 
@@ -118,12 +118,13 @@ cdef class DeviceQueue:
     @property
     def call_fd(self):
         """Descriptor that interrupts the driver: 8 bytes are written to it; -1: none (R-VU-98)."""
-        return self._call_fd
+        return self.r.call_fd
 
     @call_fd.setter
     def call_fd(self, int fd):
-        self._call_fd = fd
-        self.call_is_socket = True                  # until send() says otherwise
+        self.idle()
+        self.r.call_fd = fd
+        self.r.call_is_socket = True                # until send() says otherwise
         # The last call may have gone to a descriptor that nobody listens to: it is repeated (R-RING-23, R-VU-55).
         self.r.signal_next = True
         self.r.unsignalled = max(self.r.unsignalled, 1)
@@ -175,6 +176,11 @@ cdef class DeviceQueue:
     def chains(self):
         """Chains completed since the queue was made."""
         return self.r.chains
+
+    @property
+    def calls(self):
+        """Interrupts sent or asked for since the queue was made."""
+        return self.r.calls
 
     def start(
         self,
@@ -456,32 +462,13 @@ cdef class DeviceQueue:
         """Asks the driver for a notification at its next chain; True if there is one already (R-RING-18)."""
         if not self.enter():
             return False
-        ask_for_kick(&self.r)
-        full_fence()
         self.busy = False
-        return has_chain(&self.r) != 0
+        return ring_kicks_on(&self.r) != 0
 
     def notify(self) -> bool:
         """Interrupts the driver if it wants that for the chains completed since the last time (R-RING-20 to 23)."""
         self.idle()
-        if self.r.used == NULL or flag_get(&self.memory.c.lost) or not call_wanted(&self.r):
-            return False
-        self.calls += 1
-        if self._call_fd < 0:
-            return True
-        self.send_call()
-        return False
-
-    cdef int send_call(self) except -1:
-        """Adds 1 to an eventfd, or writes the same 8 bytes to whatever it is. A full one has a call pending already."""
-        cdef uint64_t one = 1
-        if self.call_is_socket:
-            if send(self._call_fd, &one, sizeof(one), MSG_DONTWAIT | MSG_NOSIGNAL) >= 0 or errno != ENOTSOCK:
-                return 0
-            self.call_is_socket = False
-        while write(self._call_fd, &one, sizeof(one)) < 0 and errno == EINTR:
-            pass
-        return 0
+        return self.r.used != NULL and ring_notify(&self.r)
 
 
 cdef uint64_t _checked_budget(object budget) except 0:

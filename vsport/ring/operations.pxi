@@ -96,6 +96,7 @@ cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil:
         budget[0] -= n
         if <uint64_t>n < b.bytes:
             r.fill_want = n
+            return BLOCKED if has_chain(r) else EMPTY     # that was all: no need to be told so once more
         elif r.fault.code:
             return FAULTY
         else:

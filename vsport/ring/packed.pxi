@@ -161,6 +161,15 @@ cdef inline bint passed_packed(uint16_t event, uint16_t new, uint32_t slots, uin
     return slots >= 2 * size or 0 < behind <= <int>slots
 
 
+cdef inline uint32_t unread_packed(Ring *r) noexcept nogil:
+    """Slots from the one whose use the driver wants to hear of to where the device is; more than a ring: it wants not."""
+    cdef uint32_t event = load32(r.avail)
+    cdef int behind = (r.used_idx & ~WRAP) - (<uint16_t>event & ~WRAP)
+    if (event >> 16) & 3 != EVENT_AT_SLOT:
+        return r.size + 1
+    return behind + r.size if (event ^ r.used_idx) & WRAP else behind
+
+
 cdef void tell_event(Ring *r, uint16_t place, uint16_t wish) noexcept nogil:
     """Writes the device's event structure in one access: its halves belong together."""
     store32(r.used, <uint32_t>wish << 16 | place)

@@ -6,10 +6,9 @@ Nothing here waits: sockets are non-blocking, and the loop says when to go on.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from vsport.addresses import UnixAddress
@@ -35,8 +34,6 @@ from vsport.vhost_user.transport import (
 
 __all__ = ["LOG_SECONDS", "POLL_SECONDS", "Server"]
 
-log = logging.getLogger("vsport.vhost_user")
-
 POLL_SECONDS = 0.001
 """How often a ring without kick descriptor is looked at (R-VU-21)."""
 LOG_SECONDS = 0.01
@@ -61,6 +58,7 @@ class Server:
         self._listener: socket.socket | None = None
         self._address: UnixAddress | None = None
         self._connection: Connection | None = None
+        self._connections = 0
         self._suspended = False
         device.on_fault = self._on_fault
         device.on_config_change = self._on_config_change
@@ -111,15 +109,16 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             self._accept_when_free()
         except OSError as exc:  # no descriptors or no memory: the peer stays in the backlog
-            log.error("cannot accept a front end: %s", exc.strerror)
+            self.device.log.error("cannot accept a front end: %s", exc.strerror)
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, self._accept_when_free)
         else:
             self._connect(accepted)
 
     def _connect(self, sock: socket.socket) -> None:
+        self._connections += 1
         self._connection = Connection(Stream(sock), self.device, self.loop, self._disconnected)
         self._connection.watch()
-        log.info("front end connected")
+        self.device.log.info("front end connected")
         self.on_connected()
 
     def _disconnected(self) -> None:
@@ -158,8 +157,13 @@ class Server:
             self._connection.resume()
         self._accept_when_free()
 
+    @property
+    def edition(self) -> Hashable:
+        """As long as this is the same, nothing of what give() said is out of date but what give_rest() says."""
+        return self._connections, self._connection.edition if self._connection is not None else None
+
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """Everything as a document, its descriptors in ``parcel``; suspended before, and it changes nothing.
+        """Everything as a document, its descriptors in ``parcel``; running or suspended, and it changes nothing.
 
         The device's own state is not in it: that is its snapshot. Raises HostError while the front end moves that
         state itself: then it has to be tried again.
@@ -173,6 +177,17 @@ class Server:
 
     def _give_connection(self, parcel: Parcel) -> list[dict[str, Any]]:
         return [self._connection.give(parcel)] if self._connection is not None else []
+
+    def give_rest(self) -> dict[str, Any]:
+        """What changes while nobody says anything: where the rings stand. Suspended before."""
+        return {"rings": [self._connection.session.give_rest()] if self._connection is not None else []}
+
+    def take_rest(self, state: Fields) -> None:
+        """After take(): with what give_rest() said, it is the giver's. Raises DocumentError, FrontEndError."""
+        for rings in state.each("rings", 1, Fields):
+            if self._connection is None:
+                raise DocumentError(f"{rings.where}: there is no front end whose rings these could be")
+            self._connection.session.take_rest(rings)
 
     def take(self, state: Fields, delivery: Delivery) -> None:
         """In place of listen() or adopt(): becomes what give() of another process described, and is suspended.
@@ -231,7 +246,7 @@ class Server:
 
     def _give_up(self, connection: Connection, why: str) -> None:
         if self._connection is connection:
-            log.warning("connection ended, the front end broke a rule: %s", why)
+            self.device.log.warning("connection ended, the front end broke a rule: %s", why)
             connection.close("refused")
 
     def _on_config_change(self) -> None:
@@ -252,6 +267,7 @@ class Connection:
         self._patience: Timer | None = None
         self._channel: Channel | None = None
         self._transfer: StateReader | StateWriter | None = None
+        self._replies = 0
         self._polled: set[int] = set()
         self._poll_timer: Timer | None = None
         self._log_timer: Timer | None = None
@@ -278,13 +294,13 @@ class Connection:
         except BrokenConnection as exc:
             self.close(str(exc))
         except FrontEndError as exc:
-            log.warning("connection ended, the front end broke a rule: %s", str(exc))
+            self.session.device.log.warning("connection ended, the front end broke a rule: %s", str(exc))
             self.close("refused")
 
     def _handle(self, header: Header) -> None:
         self._header = None
         payload, fds = self._stream.take_data(), self._stream.take_fds()
-        log.debug("%s, %d bytes, %d descriptors", header.name, len(payload), len(fds))
+        self.session.device.log.debug("%s, %d bytes, %d descriptors", header.name, len(payload), len(fds))
         reply = self.session.handle(header, payload, fds)
         if reply is not None:
             self._send(reply)
@@ -303,6 +319,7 @@ class Connection:
             self.watch()
 
     def _go_on_sending(self) -> None:
+        self._replies += 1
         data, fd = self._unsent
         sent = send_some(self._stream.sock, data, [fd] if fd >= 0 else [])
         if sent and fd >= 0:
@@ -325,7 +342,7 @@ class Connection:
 
     def close(self, why: str) -> None:
         """Ends the connection and gives everything back that came through it."""
-        log.info("front end disconnected: %s", why)
+        self.session.device.log.info("front end disconnected: %s", why)
         self._unwatch()
         self.session.close()
         self._drop()
@@ -349,29 +366,29 @@ class Connection:
     # -- handover ----------------------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Stops the rings, and listens to nobody."""
+        """Stops the rings, and listens to nobody. Kicks say nothing new: resume() looks at each ring by itself."""
         self.session.suspend()
         self._unwatch()
-        for vring in self.session.vrings:
-            if vring.kick_fd >= 0:
-                self.loop.unwatch(vring.kick_fd)
         if self._channel is not None:
             self._channel.suspend()
 
     def resume(self) -> None:
-        """A kick that came meanwhile is in its descriptor, a message in the socket."""
+        """What was said meanwhile is in the rings and in the socket."""
         self.watch()
         if self._unsent.data:
             self._be_patient()
-        for index, vring in enumerate(self.session.vrings):
-            if vring.kick_fd >= 0:
-                self.watch_kick(index, vring.kick_fd)
         if self._channel is not None:
             self._channel.resume()
         self.session.resume()
 
+    @property
+    def edition(self) -> Hashable:
+        """As in Server."""
+        channel = self._channel.reads if self._channel is not None and self._channel.open else -1
+        return self._stream.reads, self._replies, channel, self.session.edition
+
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """The suspended connection as a document; raises HostError if the session cannot be given now."""
+        """The connection as a document; raises HostError if the session cannot be given now."""
         session = self.session.give(parcel)
         channels = [self._channel] if self._channel is not None and self._channel.open else []
         return {
@@ -438,14 +455,14 @@ class Connection:
         try:
             os.write(fd, _SIGNAL)
         except OSError as exc:  # full: there is a signal in it already; gone: nobody listens
-            log.debug("signal to descriptor %d: %s", fd, exc)
+            self.session.device.log.debug("signal to descriptor %d: %s", fd, exc)
 
     # -- Edge: kicks ---------------------------------------------------------------------------------------------------
 
     def watch_kick(self, index: int, fd: int) -> None:
         self.make_nonblocking(fd)
         try:
-            self.loop.watch(fd, READ, functools.partial(self._kicked, index, fd))
+            self.loop.watch_kick(fd, self.session.device.queues[index], functools.partial(self._kicked, index, fd))
         except OSError as exc:
             raise FrontEndError("R-VU-21", f"cannot wait for kicks on this descriptor: {exc.strerror}") from exc
 
@@ -462,7 +479,9 @@ class Connection:
         if alive:
             self.session.kicked(index)
         else:
-            log.warning("queue %d: its kick descriptor is broken, so its kicks are not heard any more", index)
+            self.session.device.log.warning(
+                "queue %d: its kick descriptor is broken, so its kicks are not heard any more", index
+            )
             self.loop.unwatch(fd)
 
     def poll_ring(self, index: int, on: bool) -> None:

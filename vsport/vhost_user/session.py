@@ -5,7 +5,6 @@ Pure state. Descriptors are numbers here; what has to be done with them is asked
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -46,8 +45,6 @@ from vsport.vhost_user.transfer import StateTransfer
 from vsport.vhost_user.vring import Vring, places
 
 __all__ = ["OFFERED", "Reply", "Session"]
-
-log = logging.getLogger("vsport.vhost_user")
 
 OFFERED = int(
     ProtocolFeature.MQ
@@ -100,6 +97,8 @@ class Session:
         """Whether the last message is still to be answered (send_reply): none that comes behind it may be before."""
         self.channel_busy = False
         """Whether a request of ours on the back-end channel is unanswered."""
+        self.edition = 0
+        """Another number whenever give() may say something else, but for what give_rest() says."""
         self._held: frozenset[int] | None = None
         self._has_channel = False
         self._config_stale = False
@@ -112,6 +111,7 @@ class Session:
         A request whose meaning is wrong is refused, if the front end asked to hear of it. Raises FrontEndError if it
         did not, or if the syntax is wrong: the connection has to end (R-VU-04, R-VU-07).
         """
+        self.edition += 1
         unused = list(fds)
         try:
             return self._answer(header, payload, unused)
@@ -129,7 +129,7 @@ class Session:
             if row.replies or not (wanted or self._shapes_a_ring(decoded)):
                 raise
             # As text: whoever keeps the error keeps its traceback, and with it mappings that have to go.
-            log.warning("front end's %s refused: %s", header.name, str(exc))
+            self.device.log.warning("front end's %s refused: %s", header.name, str(exc))
             return self._refuse(header, decoded, wanted)
         if reply is not None:
             return Reply(encode_reply(header.request, reply.data), reply.fd)
@@ -200,7 +200,7 @@ class Session:
         try:
             data = self.device.read_config(config.offset, len(config.data))
         except FrontEndError as exc:
-            log.warning("front end's GET_CONFIG refused: %s", exc)
+            self.device.log.warning("front end's GET_CONFIG refused: %s", exc)
             return b""  # how this message reports an error (R-VU-26)
         return Config(config.offset, config.flags, data).encode()
 
@@ -274,7 +274,7 @@ class Session:
             if self.memory.table.lost:
                 self.device.fault(index, exc)  # which ends the session (R-RING-82)
             else:
-                log.warning("queue %d is not in the new memory: %s", index, str(exc))
+                self.device.log.warning("queue %d is not in the new memory: %s", index, str(exc))
                 self.queue_failed(index)
         return vring.live
 
@@ -306,7 +306,7 @@ class Session:
             area = layout(asked, len(self.vrings))
             return Reply(area.encode(), self.edge.make_shared(area.mmap_size))
         except FrontEndError as exc:
-            log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
+            self.device.log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
             return Reply(InflightArea(0, 0, asked.num_queues, asked.queue_size, asked.padded).encode())
 
     def set_inflight_fd(self, area: InflightArea, fds: list[int]) -> None:
@@ -343,7 +343,7 @@ class Session:
         try:
             self.transfer.begin(asked, fds)
         except FrontEndError as exc:
-            log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
+            self.device.log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
             return encode_u64(NO_FD | 1)
         return encode_u64(NO_FD)
 
@@ -508,7 +508,7 @@ class Session:
 
     def kicked(self, index: int) -> None:
         """The driver has kicked queue ``index``. A kick of a ring that is not live waits in the ring (R-RING-83)."""
-        if self.vrings[index].live:
+        if self.vrings[index].live and self._held is None:
             self.device.kick(index)
 
     def queue_failed(self, index: int) -> None:
@@ -574,7 +574,7 @@ class Session:
         No front end says so; it looks like a pause (R-VU-70). But rings that go back to 0 do not after a pause
         (R-VU-71). User Mode Linux always sends base 0, and there a restart always is a reset (R-VU-72).
         """
-        log.info("the guest's driver begins anew")
+        self.device.log.info("the guest's driver begins anew")
         live = [(index, vring) for index, vring in enumerate(self.vrings) if vring.live]
         for index, vring in live:
             self._leave(index, vring)
@@ -600,16 +600,19 @@ class Session:
     def config_changed(self) -> None:
         """The configuration space is another one: the front end is told, as soon as it may be."""
         self._config_stale = True
+        self.edition += 1
         self._tell_of_config()
 
     def channel_free(self) -> None:
         """The front end has answered the last request, or has had its time (R-VU-97)."""
         self.channel_busy = False
+        self.edition += 1
         self._tell_of_config()
 
     def channel_lost(self) -> None:
         """The front end has closed the channel, or broken its rules."""
         self._has_channel = False
+        self.edition += 1
 
     def _tell_of_config(self) -> None:
         """One request at a time: changes that come while it is under way become one more (R-VU-54, R-VU-97)."""
@@ -626,39 +629,44 @@ class Session:
         """Stops all queues, and does not say so: the front end's wishes are as they were. Safe to call twice."""
         if self._held is not None:
             return
-        queues = self.device.queues
-        self._held = frozenset(index for index, vring in enumerate(self.vrings) if vring.live and queues[index].running)
-        for index in self._held:
+        self._held = self._running()
+        for index in sorted(self._held, reverse=True):  # the device looks for one that still runs from the first on
             self.edge.poll_ring(index, False)
-            self.vrings[index].base = queues[index].stop()
+            self.vrings[index].base = self.device.queues[index].stop()
             self.device.queue_stopped(index)
         self.edge.poll_log(False)
+
+    def _running(self) -> frozenset[int]:
+        """The rings that move; a live one whose queue does not run has been broken."""
+        rings = zip(self.vrings, self.device.queues, strict=True)
+        return frozenset(index for index, (vring, queue) in enumerate(rings) if vring.live and queue.running)
 
     def resume(self) -> None:
         """Goes on where suspend() stopped, here or in the process that took the session over."""
         if self._held is None:
             return
         held, self._held = sorted(self._held), None
-        for queue, vring in zip(self.device.queues, self.vrings, strict=True):
-            queue.call_fd = vring.call_fd
-        self._log_anew()
+        self.edition += 1
+        if self.dirty.logs:
+            self._log_anew()
         for index in [index for index in held if self._restart(index, self.vrings[index])]:
             self.edge.poll_ring(index, self.vrings[index].polled)
             self.device.queue_started(index)
         self._tell_of_config()
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """A suspended session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
+        """The session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
 
-        The device's own state is not in it, nor the socket and the channel, which are the edge's.
+        The device's own state is not in it, nor the socket and the channel, which are the edge's. What it says of rings
+        that run is out of date at once, and said by give_rest().
         """
-        assert self._held is not None
+        held = self._running() if self._held is None else self._held
         return {
             "transfer": self.transfer.give(),
             "protocol_features": int(self.protocol_features),
             "status": self.status,
             "regions": self.memory.give(parcel),
-            "vrings": [vring.give(parcel) | {"held": at in self._held} for at, vring in enumerate(self.vrings)],
+            "vrings": [vring.give(parcel) | {"held": at in held} for at, vring in enumerate(self.vrings)],
             "dirty": self.dirty.give(parcel),
             "inflight": [self.inflight.give(parcel)] if self.inflight is not None else [],
             "channel_busy": self.channel_busy,
@@ -666,7 +674,7 @@ class Session:
         }
 
     def take(self, fields: Fields, delivery: Delivery, *, has_channel: bool) -> None:
-        """Becomes the suspended session that give() described, and does not touch the device before resume().
+        """Becomes the session that give() described, suspended, and does not touch a ring before resume().
 
         Raises DocumentError, FrontEndError; release() undoes what was done until then.
         """
@@ -687,6 +695,22 @@ class Session:
         self._config_stale = fields.boolean("config_stale")
         fields.end()
 
+    def give_rest(self) -> dict[str, Any]:
+        """Which rings of a suspended session run as soon as it is resumed."""
+        assert self._held is not None
+        return {"held": sorted(self._held)}
+
+    def take_rest(self, fields: Fields) -> None:
+        """After take(), and when the device knows where its queues stand. Raises DocumentError."""
+        assert self._held is not None
+        held = frozenset(fields.each("held", len(self._held), _read_index))
+        fields.end()
+        if not held <= self._held:
+            raise DocumentError(f"{fields.where}: a ring that did not run at the time of the draft")
+        for index in held:
+            self.vrings[index].base = self.device.queues[index].next_avail
+        self._held = held
+
     def _take_vrings(self, fields: Fields, delivery: Delivery) -> frozenset[int]:
         """Takes all rings; says which of them have to run after resume()."""
         states = fields.each("vrings", len(self.vrings), Fields)
@@ -695,6 +719,7 @@ class Session:
         held = set()
         for index, (vring, state) in enumerate(zip(self.vrings, states, strict=True)):
             vring.take(index, state, delivery, packed=self._packed)
+            self.device.queues[index].call_fd = vring.call_fd
             if state.boolean("held"):
                 held.add(index)
             state.end()
@@ -707,9 +732,8 @@ class Session:
             raise DocumentError(f"vring {index} runs without having been started")
         if runs and vring.address is not None:
             self._check_layout(vring.address, vring.size)
-        if vring.kick_fd >= 0:  # whether it can be waited for
+        if vring.kick_fd >= 0:  # it is waited for from now on: nothing is heard before the loop runs
             self.edge.watch_kick(index, vring.kick_fd)
-            self.edge.unwatch_kick(vring.kick_fd)
         for fd in (vring.call_fd, vring.err_fd):
             if fd >= 0:
                 self.edge.make_nonblocking(fd)
@@ -737,3 +761,9 @@ class Session:
         self._drop_inflight()
         self.dirty.close()
         self.memory.clear()
+
+
+def _read_index(where: str, value: object) -> int:
+    if type(value) is not int:
+        raise DocumentError(f"{where}: the number of a queue belongs here")
+    return value
