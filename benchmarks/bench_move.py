@@ -60,10 +60,7 @@ def test_from_restore_to_back_ends_told(benchmark, tmp_path, ports):
         for _ in range(TIMES):
             Snapshot.decode(state)
 
-    compare(benchmark, restore, read, rounds=20, bytes_per_round=TIMES * len(state))
+    compare(benchmark, restore, read, against="reading it only", rounds=20, work=TIMES * len(state))
     told = {listener.opened for listener in listeners}
     assert len(told) == 1, "every back end is told as often as the others"
     assert told.pop() >= TIMES
-    if benchmark.enabled:
-        one = benchmark.stats.stats.median / TIMES  # a pair: read, and restored
-        benchmark.extra_info["microseconds at most until all are told"] = round(one * 1e6, 1)

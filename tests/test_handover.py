@@ -47,7 +47,7 @@ import os, sys
 from vsport import cli, handover
 
 moment, number, *arguments = sys.argv[1:]
-say, take = handover.Takeover._say, handover.Cargo.take
+say, take, take_rest = handover.Takeover._say, handover.Cargo.take, handover.Cargo.take_rest
 
 def at(here):
     if here == moment:
@@ -57,17 +57,23 @@ def saying(self, word, **fields):
     say(self, word, **fields)
     at(word)
 
+def drafting(self, *given):
+    at("draft")
+    take(self, *given)
+    at("drafted")
+
 def taking(self, *given):
     at("received")
-    take(self, *given)
+    take_rest(self, *given)
     at("taken")
 
-handover.Takeover._say, handover.Cargo.take = saying, taking
+handover.Takeover._say, handover.Cargo.take, handover.Cargo.take_rest = saying, drafting, taking
 sys.exit(cli.main(["serve", "--takeover", *arguments]))
 """
 """The real thing, but that it sends itself a signal at one moment of the takeover."""
 
-MOMENTS = ["hello", "prepared", "received", "taken"]
+MOMENTS = ["hello", "prepared", "draft", "drafted", "arranged", "received", "taken"]
+"""Until 'drafted' the device runs, from 'received' on it stands still."""
 
 
 @contextlib.contextmanager
@@ -377,9 +383,11 @@ def test_what_a_chardev_holds_itself_comes_along():
         before.host.open()
         before.host.chardevs["c0"].write(memoryview(b"not read yet"))
         parcel = Parcel()
-        state, snapshot = Fields("state", before.give(parcel)), before.host.device.snapshot().encode()
-        after.take(state, snapshot, Delivery([]))
-        state.end()
+        draft, rest = Fields("draft", before.give(parcel)), Fields("rest", before.give_rest())
+        after.take(draft, Delivery([]))
+        after.take_rest(rest, before.host.device.snapshot())
+        draft.end()
+        rest.end()
         before.release()
         assert after.host.chardevs["c0"].read(100) == b"not read yet"
 
@@ -489,6 +497,8 @@ def word(say, **fields):
 
 
 HELLO = word("hello", version=handover.VERSION)
+PREPARED = [HELLO, word("prepared")]
+ARRANGED = [*PREPARED, word("arranged")]
 NONSENSE = {
     "noise": [os.urandom(4096)],
     "http": [b"GET / HTTP/1.1\r\n\r\n"],
@@ -512,11 +522,16 @@ NONSENSE = {
     "a surplus in prepared": [HELLO, word("prepared", yes=True)],
     "a refusal": [HELLO, word("refused", why="the\nmoon is \x1b[31mfull" * 100)],
     "a refusal without a reason": [HELLO, word("refused", why="")],
-    "a refusal of the state": [HELLO, word("prepared"), word("refused", why="I do not like it")],
-    "noise for ready": [HELLO, word("prepared"), os.urandom(100)],
-    "hello for ready": [HELLO, word("prepared"), HELLO],
-    "half of ready": [HELLO, word("prepared"), word("ready")[:-1]],
-    "a surplus in ready": [HELLO, word("prepared"), word("ready", yes=True)],
+    "a refusal of the draft": [*PREPARED, word("refused", why="I do not like it")],
+    "noise for arranged": [*PREPARED, os.urandom(100)],
+    "ready for arranged": [*PREPARED, word("ready")],
+    "prepared twice": [*PREPARED, word("prepared")],
+    "a surplus in arranged": [*PREPARED, word("arranged", yes=True)],
+    "a refusal of the state": [*ARRANGED, word("refused", why="I do not like it")],
+    "noise for ready": [*ARRANGED, os.urandom(100)],
+    "hello for ready": [*ARRANGED, HELLO],
+    "half of ready": [*ARRANGED, word("ready")[:-1]],
+    "a surplus in ready": [*ARRANGED, word("ready", yes=True)],
 }
 
 
@@ -553,7 +568,7 @@ def test_nonsense_costs_nothing(setting, said):
 def test_another_version_is_told_which_one_is_spoken(setting):
     with connect(setting.offer) as stranger:
         stranger.sendall(word("hello", version=99))
-        assert b"the old process speaks version 1 of this, and the new one version 99" in heard(stranger)
+        assert b"the old process speaks version 2 of this, and the new one version 99" in heard(stranger)
     setting.goes_on()
 
 

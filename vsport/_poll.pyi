@@ -19,8 +19,8 @@ class Poller:
     spin_max: int
     """For how many nanoseconds a wait may look instead of sleep at most, while that pays; 0, the default: never.
 
-    How long it really looks grows while sleeps are short, and is nothing after a sleep that was longer than this: an
-    idle poller sleeps. Raises ValueError for a negative time.
+    It does after a wait that was no longer than that, so it costs at most as much as it has just proved to be worth,
+    and an idle poller sleeps. Raises ValueError for a negative time.
     """
     @property
     def sleeps(self) -> int:
@@ -52,7 +52,7 @@ class Poller:
 class Flow:
     """One direction of one port: what a queue's chains hold is drained into, or filled from, a descriptor.
 
-    Bytes may move between start() and stop(), or the end of the run of its queue, whichever comes first. It has its turn
+    Bytes may move between start() and stop(), or the end of the run of its queue, whichever comes first. It has a turn
     when the driver kicks (Poller.watch_kick) and when the descriptor is ready: kicks are off while it is busy, and the
     driver is interrupted once a turn. A turn moves at most a megabyte.
 

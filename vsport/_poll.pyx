@@ -36,13 +36,15 @@ from vsport._ring cimport (
     STOPPED,
     DeviceQueue,
     Ring,
+    ask_for_no_kick,
     flag_get,
+    has_chain,
     ring_drain,
     ring_fill,
-    ring_kicks_off,
+    ring_kicks_ahead,
     ring_kicks_on,
     ring_notify,
-    ring_offers,
+    ring_unread,
 )
 
 __all__ = ["Flow", "Poller"]
@@ -65,7 +67,29 @@ cdef extern from "<sys/epoll.h>" nogil:
         epoll_data_t data
     int epoll_create1(int flags)
     int epoll_ctl(int epoll, int what, int fd, epoll_event *event)
-    int epoll_wait(int epoll, epoll_event *events, int most, int milliseconds)
+
+cdef extern from *:
+    """
+    #include <sys/epoll.h>
+    #include <sys/syscall.h>
+    #include <unistd.h>
+
+    /* Waits at most so many nanoseconds; below 0: for ever. Kernels before 5.11 round up to milliseconds. */
+    static int vs_epoll_wait(int epoll, struct epoll_event *events, int most, int64_t patience)
+    {
+        int64_t milliseconds = patience < 0 ? -1 : (patience + 999999) / 1000000;
+    #ifdef SYS_epoll_pwait2
+        struct { int64_t seconds, nanoseconds; } time = {patience / 1000000000, patience % 1000000000};
+        if (patience > 0) {
+            int count = (int)syscall(SYS_epoll_pwait2, epoll, events, most, &time, NULL, (size_t)0);
+            if (count >= 0 || errno != ENOSYS)
+                return count;
+        }
+    #endif
+        return epoll_wait(epoll, events, most, milliseconds > INT32_MAX ? INT32_MAX : (int)milliseconds);
+    }
+    """
+    int epoll_wait "vs_epoll_wait" (int epoll, epoll_event *events, int most, int64_t patience) nogil
 
 cdef extern from "<time.h>" nogil:
     enum:
@@ -85,10 +109,17 @@ cdef extern from "<sched.h>" nogil:
 cdef enum:
     EVENTS_MAX = 256            # of one look at epoll
     LINGERING_MAX = 64
-    LOOKS = 64                  # at the rings, between two looks at epoll
-    SPIN_FIRST = 4000           # nanoseconds of the first spin after a long sleep
-    SPIN_GROWTH = 2
-    MILLISECOND = 1000000
+    LOOKS = 16                  # at the rings, between two looks at epoll
+    # Nanoseconds that the driver waits at most for the interrupt that gives it back a chain that it has sent. By then it
+    # has mostly fetched it by itself, and wants none.
+    CALL_DELAY = 200000
+    # Until a driver that gave back fewer buffers than it was expected to is asked for a kick for any.
+    KICK_DELAY = 100000
+    # Until more is read for a guest that has this many buffers to look at: it gets fuller ones instead.
+    FILL_DELAY = 50000
+    UNREAD = 8
+    # But not if as much as this comes at a time.
+    FULL_ENOUGH = 4096
     FOR_EVER = -1
 
 cdef uint32_t GONE = EPOLLHUP | EPOLLERR
@@ -103,11 +134,15 @@ cdef struct Work:
     bint allowed                # whether Python has said so
     bint waiting                # for the descriptor to take more, or for the guest to give buffers
     bint tells_blocked          # that the descriptor takes no more is for Python
+    bint held                   # the guest has enough to read: the descriptor is not looked at
+    bint owes_call              # the driver has not been asked whether it wants to be interrupted
+    int64_t due                 # when to look again; 0: no need
     bint lingers
     bint in_backlog
     bint has_news
     int outcome                 # of the last turn
     Work *next_in_backlog
+    Work *next_due
     Work *next_news
     PyObject *flow
 
@@ -131,28 +166,37 @@ cdef struct Wait:
     Source **sources            # by descriptor
     int room                    # in sources
     Work *backlog               # has its turn in the next pass
+    Work *due                   # to be looked at when it is time
     Work *news                  # Python has to look at it
     Work *lingering[LINGERING_MAX]
     int lingerers
     int64_t spin_max            # nanoseconds; 0: never
-    int64_t spin                # for how long the next wait may spin
+    int64_t spin                # how long the next wait may spin
     Ready ready[EVENTS_MAX]
     int ready_count
     uint64_t sleeps
     uint64_t spins
 
 
+# -- time --------------------------------------------------------------------------------------------------------------
+
+cdef int64_t now() noexcept nogil:
+    cdef timespec time
+    clock_gettime(CLOCK_MONOTONIC, &time)
+    return time.tv_sec * 1000000000 + time.tv_nsec
+
+
 # -- a turn ------------------------------------------------------------------------------------------------------------
 
 cdef inline bint may_move(Work *w) noexcept nogil:
-    return w.allowed and w.source != NULL and w.ring.running and w.run == w.ring.runs
+    return w.allowed and w.source != NULL and w.ring.running and w.run == w.ring.starts
 
 
 cdef int drain_some(Work *w, bint lingers) noexcept nogil:
     """Drains with kicks off. Who does not linger asks for kicks after the last chain, and looks once more (R-RING-18)."""
     cdef uint64_t left = BUDGET
     cdef int code
-    ring_kicks_off(w.ring)
+    ask_for_no_kick(w.ring)
     code = ring_drain(w.ring, w.source.fd, w.log_fd, &left)
     if code == EMPTY and not lingers and ring_kicks_on(w.ring):
         return MORE
@@ -163,15 +207,18 @@ cdef int fill_some(Work *w) noexcept nogil:
     """Fills. Without buffers it asks for a kick, and looks once more; while there are buffers no kick is needed."""
     cdef uint64_t left = BUDGET
     cdef int code = ring_fill(w.ring, w.source.fd, &left)
-    if code == EMPTY and ring_kicks_on(w.ring):
+    if code == EMPTY and ring_kicks_ahead(w.ring):
         return MORE
     if code == BLOCKED:
-        ring_kicks_off(w.ring)
+        ask_for_no_kick(w.ring)
+        if w.source.always_ready:                   # what a file has not given at once is at its end
+            return MORE
     return code
 
 
 cdef void take_turn(Work *w, bint lingers) noexcept nogil:
     """Moves what can be moved now."""
+    w.held = False
     if not may_move(w):
         w.outcome = STOPPED
     elif w.fills:
@@ -197,11 +244,31 @@ cdef bint is_news(Work *w) noexcept nogil:
     return w.outcome not in (EMPTY, MORE, STOPPED)
 
 
-cdef void have_turn(Wait *p, Work *w, bint lingers) noexcept nogil:
+cdef inline void call(Wait *p, Work *w, bint lazily) noexcept nogil:
+    """Interrupts the driver, if it wants that. For what it has sent that can wait, unless it may run out of chains."""
+    if not lazily or w.fills or 2 * w.ring.unsignalled >= w.ring.size:
+        w.owes_call = False
+        ring_notify(w.ring)
+    elif w.ring.unsignalled:
+        w.owes_call = True
+        look_again(p, w, CALL_DELAY)
+
+
+cdef void look_again(Wait *p, Work *w, int64_t delay) noexcept nogil:
+    """Some time later. What is due already is not put off."""
+    if w.due == 0:
+        w.due = now() + delay
+        w.next_due = p.due
+        p.due = w
+
+
+cdef void have_turn(Wait *p, Work *w, bint lingers, bint lazily) noexcept nogil:
     """A turn, and what follows from it."""
     take_turn(w, lingers)
     if w.outcome != STOPPED and w.ring.call_fd >= 0:
-        ring_notify(w.ring)
+        call(p, w, lazily)
+    if w.fills and w.outcome == EMPTY:
+        look_again(p, w, KICK_DELAY)
     if w.outcome == MORE:
         put_off(p, w)
     elif w.outcome not in (EMPTY, BLOCKED, STOPPED):
@@ -215,7 +282,7 @@ cdef void have_turn(Wait *p, Work *w, bint lingers) noexcept nogil:
 cdef void go_on(Wait *p, Work *w) noexcept nogil:
     """The turn of a work that may move, in a wait: kicks can stay off for as long as its ring is looked at anyway."""
     cdef bint lingers = not w.fills and p.spin > 0 and (w.lingers or p.lingerers < LINGERING_MAX)
-    have_turn(p, w, lingers)
+    have_turn(p, w, lingers, True)
     if lingers and w.outcome == EMPTY and not w.lingers:
         w.lingers = True
         p.lingering[p.lingerers] = w
@@ -247,6 +314,45 @@ cdef void work_off(Wait *p) noexcept nogil:
         w = after
 
 
+cdef int64_t look_at_due(Wait *p) noexcept nogil:
+    """Sees to what is due; says for how long nothing else is, or FOR_EVER."""
+    cdef Work *w = p.due
+    cdef Work *after
+    cdef int64_t time, left = FOR_EVER
+    if w == NULL:
+        return left
+    time = now()
+    p.due = NULL
+    while w != NULL:
+        after = w.next_due
+        if w.due <= time:
+            w.due = 0
+            is_due(p, w)
+        else:
+            left = w.due - time if left < 0 else min(left, w.due - time)
+            w.next_due = p.due
+            p.due = w
+        w = after
+    return left
+
+
+cdef void is_due(Wait *p, Work *w) noexcept nogil:
+    """The driver is called, or the descriptor or the ring looked at, after all."""
+    if not w.ring.running or w.run != w.ring.starts:
+        return
+    if w.owes_call:
+        w.owes_call = False
+        ring_notify(w.ring)
+    if w.held or (w.fills and w.waiting and ring_kicks_on(w.ring)):
+        w.held = w.waiting = False
+        put_off(p, w)
+
+
+cdef bint has_enough(Work *w) noexcept nogil:
+    """Whether the guest is behind with buffers that have little in them."""
+    return w.ring.fill_want < FULL_ENOUGH and ring_unread(w.ring) >= UNREAD
+
+
 # -- descriptors -------------------------------------------------------------------------------------------------------
 
 cdef uint32_t needed(Source *s) noexcept nogil:
@@ -254,7 +360,7 @@ cdef uint32_t needed(Source *s) noexcept nogil:
     cdef uint32_t events = s.wanted if s.asked else 0
     if s.drain != NULL and s.drain.waiting and may_move(s.drain):
         events |= EPOLLOUT
-    if s.fill != NULL and not s.fill.waiting and may_move(s.fill):
+    if s.fill != NULL and not s.fill.waiting and not s.fill.held and may_move(s.fill):
         events |= EPOLLIN
     return events
 
@@ -306,7 +412,11 @@ cdef uint32_t move_what_it_can(Wait *p, Source *s, uint32_t events) noexcept nog
         go_on(p, s.drain)
         events &= ~<uint32_t>EPOLLOUT
     if events & INPUT and s.fill != NULL and not s.fill.waiting and may_move(s.fill):
-        go_on(p, s.fill)
+        if events == EPOLLIN and has_enough(s.fill):
+            s.fill.held = True
+            look_again(p, s.fill, FILL_DELAY)
+        else:
+            go_on(p, s.fill)
         events &= ~(INPUT if not s.fill.waiting else <uint32_t>EPOLLIN)
     settle(p, s)                # the queue of a flow may have stopped since
     return events
@@ -328,19 +438,13 @@ cdef void dispatch(Wait *p, int fd, uint32_t events) noexcept nogil:
 
 # -- waiting -----------------------------------------------------------------------------------------------------------
 
-cdef int64_t now() noexcept nogil:
-    cdef timespec time
-    clock_gettime(CLOCK_MONOTONIC, &time)
-    return time.tv_sec * 1000 * MILLISECOND + time.tv_nsec
-
-
 cdef bint look_at_lingering(Wait *p) noexcept nogil:
-    """Whether a ring has got chains while its kicks were off: then all of them have their turns."""
+    """Whether rings have got chains while their kicks were off: they have a turn, and linger on."""
     cdef int i
     for i in range(p.lingerers):
-        if ring_offers(p.lingering[i].ring):
-            return True
-    return False
+        if p.lingering[i].outcome == EMPTY and has_chain(p.lingering[i].ring):
+            put_off(p, p.lingering[i])
+    return p.backlog != NULL
 
 
 cdef void end_lingering(Wait *p) noexcept nogil:
@@ -350,74 +454,61 @@ cdef void end_lingering(Wait *p) noexcept nogil:
     for i in range(p.lingerers):
         w = p.lingering[i]
         w.lingers = False
-        if ring_kicks_on(w.ring):
+        if w.outcome == EMPTY and ring_kicks_on(w.ring):
             put_off(p, w)
     p.lingerers = 0
 
 
-cdef int spin(Wait *p, epoll_event *events, int64_t length) noexcept nogil:
+cdef int spin(Wait *p, epoll_event *events, int64_t end) noexcept nogil:
     """Looks instead of sleeping. Says how many events there are; or there is a backlog, or nothing has come."""
-    cdef int64_t end = now() + length
     cdef int i, count
     p.spins += 1
     while True:
+        sched_yield()           # whom the last turn has woken may have been given this very processor
         for i in range(LOOKS if p.lingerers else 1):
             if look_at_lingering(p):
-                end_lingering(p)
                 return 0
         count = epoll_wait(p.epoll, events, EVENTS_MAX, 0)
         if count or now() >= end:
             return count
-        sched_yield()           # what is awaited may need this very processor
 
 
 cdef int sleep(Wait *p, epoll_event *events, int64_t patience) noexcept nogil:
-    """Waits for events, at most ``patience`` nanoseconds; a spin is as long as it has proved worthwhile lately."""
-    cdef int64_t began = 0
+    """Waits for events, at most ``patience`` nanoseconds; if the last wait was short, it spins before it sleeps."""
+    cdef int64_t began, length
     cdef int count
-    if p.spin_max:
-        if p.spin and (patience < 0 or patience > p.spin):
-            count = spin(p, events, p.spin)
-            if count or p.backlog != NULL:
-                return count
-        end_lingering(p)
-        if p.backlog != NULL:
-            return 0
-        began = now()
+    if p.spin_max == 0:
+        p.sleeps += 1
+        return epoll_wait(p.epoll, events, EVENTS_MAX, patience)
+    began = now()
+    length = p.spin if patience < 0 else min(p.spin, patience)
+    if length:
+        count = spin(p, events, began + length)
+        if count or p.backlog != NULL or length == patience:
+            return count
+    end_lingering(p)
+    if p.backlog != NULL:
+        return 0
     p.sleeps += 1
-    count = epoll_wait(p.epoll, events, EVENTS_MAX, milliseconds(patience))
-    if p.spin_max:
-        adapt(p, now() - began)
+    count = epoll_wait(p.epoll, events, EVENTS_MAX, patience - length if patience > 0 else patience)
+    if count:                   # else only the time was over
+        p.spin = p.spin_max if now() - began <= p.spin_max else 0
     return count
-
-
-cdef void adapt(Wait *p, int64_t slept) noexcept nogil:
-    """A sleep that a longer spin would have saved makes the next one longer; a long sleep ends spinning."""
-    if slept <= p.spin_max:
-        p.spin = min(max(SPIN_GROWTH * p.spin, <int64_t>SPIN_FIRST), p.spin_max)
-    else:
-        p.spin = 0
-
-
-cdef int milliseconds(int64_t patience) noexcept nogil:
-    """For epoll: not shorter than was asked for."""
-    if patience < 0:
-        return -1
-    return <int>min((patience + MILLISECOND - 1) // MILLISECOND, <int64_t>0x7FFFFFFF)
 
 
 cdef int wait(Wait *p, int64_t patience) noexcept nogil:
     """Moves bytes until there is something for Python, or ``patience`` is over; an errno, or 0."""
     cdef epoll_event events[EVENTS_MAX]
-    cdef int64_t end = now() + patience if patience > 0 else 0, left = patience
+    cdef int64_t end = now() + patience if patience > 0 else 0, left = patience, due
     cdef int i, count
     p.ready_count = 0
     while True:
         work_off(p)
+        due = look_at_due(p)
         if p.backlog != NULL or p.news != NULL or left == 0:
             count = epoll_wait(p.epoll, events, EVENTS_MAX, 0)
         else:
-            count = sleep(p, events, left)
+            count = sleep(p, events, left if due < 0 or (0 < left < due) else due)
         if count < 0:
             return errno
         for i in range(count):
@@ -597,6 +688,12 @@ cdef class Poller:
                 link[0] = w.next_in_backlog
             else:
                 link = &link[0].next_in_backlog
+        link = &self.p.due
+        while link[0] != NULL:
+            if link[0] == w:
+                link[0] = w.next_due
+            else:
+                link = &link[0].next_due
         link = &self.p.news
         while link[0] != NULL:
             if link[0] == w:
@@ -673,10 +770,12 @@ cdef class Flow:
             s.fill = &self.w
         else:
             s.drain = &self.w
+        if not may_move(&self.w):
+            self.w.waiting = self.w.held = False
         self.w.log_fd = log_fd
         self.w.tells_blocked = tells_blocked
         self.w.allowed = True
-        self.w.run = self.w.ring.runs
+        self.w.run = self.w.ring.starts
         self.settle(s)
 
     cdef int settle(self, Source *s) except -1:
@@ -718,7 +817,7 @@ cdef class Flow:
         if self.queue.enter():
             try:
                 with nogil:
-                    have_turn(&self.poller.p, &self.w, False)
+                    have_turn(&self.poller.p, &self.w, False, False)
             finally:
                 self.queue.busy = False
         else:

@@ -37,6 +37,14 @@ __all__ = ["SerialDevice"]
 
 log = logging.getLogger("vsport.device")
 
+_MULTIPORT = int(Feature.MULTIPORT)
+_RING_OPTIONS = {
+    "event_idx": int(Feature.EVENT_IDX),
+    "indirect": int(Feature.INDIRECT_DESC),
+    "packed": int(Feature.RING_PACKED),
+    "in_order": int(Feature.IN_ORDER),
+}
+"""A plain number: looking at an IntFlag takes longer than all the rest of a kick."""
 _CONTROL_TURN = 256
 """Control messages handled in one turn, so that a guest that never stops sending cannot keep the loop for itself."""
 
@@ -49,7 +57,8 @@ class SerialDevice:
     """A virtio-serial device with up to ``max_ports`` ports (1 to 127).
 
     ``queues`` are its virtqueues, by index (R-CON-02). Whoever attaches the device starts and stops them and says so by
-    queue_started() and queue_stopped(). Raises UsageError if a value is out of range.
+    queue_started() and queue_stopped(). ``packed`` and ``in_order`` offer the guest these ways to use a ring. Raises
+    UsageError if a value is out of range.
     """
 
     OFFERED = (
@@ -62,7 +71,16 @@ class SerialDevice:
     )
     config_size = CONFIG_SIZE
 
-    def __init__(self, *, max_ports: int = PORTS_DEFAULT, cols: int = 80, rows: int = 25, name: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        max_ports: int = PORTS_DEFAULT,
+        cols: int = 80,
+        rows: int = 25,
+        packed: bool = False,
+        in_order: bool = False,
+        name: str = "",
+    ) -> None:
         if not 1 <= max_ports <= PORTS_MAX:
             raise UsageError(f"max_ports={max_ports} is not in 1 to {PORTS_MAX}: vhost-user has 256 queues at most")
         self.max_ports = max_ports
@@ -70,6 +88,10 @@ class SerialDevice:
         """For all that is said about this device, also by its front end's session: ``whose`` is what it begins with."""
         self.cols, self.rows = cols, rows
         self.features = int(self.OFFERED)
+        if packed:
+            self.features |= Feature.RING_PACKED
+        if in_order:
+            self.features |= Feature.IN_ORDER
         self.negotiated = 0
         self.queues = tuple(DeviceQueue(index) for index in range(queue_count(max_ports)))
         self.ports: dict[int, Port] = {}
@@ -100,7 +122,12 @@ class SerialDevice:
     @property
     def multiport(self) -> bool:
         """Whether control queues and ports other than port 0 exist for the driver (R-CON-03)."""
-        return bool(self.negotiated & Feature.MULTIPORT)
+        return bool(self.negotiated & _MULTIPORT)
+
+    @property
+    def ring_options(self) -> dict[str, bool]:
+        """How queues are used, as DeviceQueue.start() wants to be told."""
+        return {option: bool(self.negotiated & bit) for option, bit in _RING_OPTIONS.items()}
 
     def negotiate(self, features: int) -> None:
         """The driver has accepted these features; raises FrontEndError if some of them were not offered."""
@@ -259,6 +286,10 @@ class SerialDevice:
         """
         if self.running:
             raise UsageError("the device runs: stop its queues before its state is saved")
+        return self.preview()
+
+    def preview(self) -> Snapshot:
+        """What snapshot() would say just now, of a device that may run: its queues are elsewhere already."""
         return Snapshot(
             max_ports=self.max_ports,
             cols=self.cols,
@@ -281,7 +312,7 @@ class SerialDevice:
         (OnRestore). ``carried`` makes it a handover: the numbers of the ports whose host's session came along.
         Raises DocumentError or UsageError, and then nothing has changed.
         """
-        self._check(snapshot)
+        self.check(snapshot)
         self.negotiated, self.driver_ready = snapshot.features, snapshot.driver_ready
         self.cols, self.rows = snapshot.cols, snapshot.rows
         self._outbox.replace(snapshot.waiting)
@@ -297,7 +328,7 @@ class SerialDevice:
         for queue in self.queues:
             queue.restore(*positions.get(queue.index, (0, 0)))
 
-    def _check(self, snapshot: Snapshot) -> None:
+    def check(self, snapshot: Snapshot) -> None:
         """Whether ``snapshot`` fits this device; raises DocumentError, or UsageError while a queue runs."""
         if self.running:
             raise UsageError("the device runs: stop its queues before it is restored")

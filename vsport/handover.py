@@ -3,11 +3,20 @@
     the taker                                 the giver
     hello, its version          -->           (its device runs: whoever dawdles here, or lies, costs nothing)
                                 <--           the configuration
-    prepared                    -->           suspends the device; its loop does not run any more
-                                <--           the device's state, and all descriptors
-    ready                       -->           releases what it has, and ends
+    prepared                    -->
+                                <--           a draft: the device as it is just now, and all descriptors
+    arranged                    -->           another draft, if the first is out of date
+                                              suspends the device; its loop does not run any more
+                                <--           the state: what changes while the device runs
+    ready                       -->           (waits until the taker hangs up)
+    goes on with the device                   releases what it has, and ends
 
 Instead of any of these, either side may say ``refused``, and why.
+
+The device stands still between ``arranged`` and ``ready``, so only what cannot be done before is done there. The taker
+makes everything that it needs from a draft: sockets, mapped memory, rings at their places. A draft is out of date when
+the giver's ``edition`` is another one: a front end has said something, a host has come or gone. It converges as a live
+migration does: after a few drafts the device is suspended anyway, and the last one is part of the state.
 
 Who has the device is decided by one act: ``ready`` gets into the socket, or it does not. A giver that has lost patience
 shuts the socket first and then looks once more what is in there. So there is no moment, and no order of crashes, in
@@ -19,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -26,7 +36,7 @@ import resource
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from vsport.addresses import UnixAddress
@@ -42,7 +52,7 @@ __all__ = ["STEP_SECONDS", "VERSION", "Cargo", "Offer", "Takeover"]
 
 log = logging.getLogger("vsport.handover")
 
-VERSION = 1
+VERSION = 2
 """Of what is said here and of every state within it: a taker with another one is refused."""
 STEP_SECONDS = 5.0
 """How long one side waits for the next word of the other."""
@@ -55,6 +65,8 @@ _MAGIC = b"vsHO"
 _CREDENTIALS = struct.Struct("3i")
 _FDS_AT_ONCE = 253
 """The kernel's limit for one message (SCM_MAX_FD)."""
+_DRAFTS = 3
+"""How many drafts there are at most before the device is suspended: one that changes faster never ends."""
 _TEXTS_MAX = 1000
 _WHY_MAX = 500
 
@@ -69,16 +81,32 @@ class Cargo(NamedTuple):
     devices: Sequence[str]
     """The texts of --device."""
 
+    @property
+    def edition(self) -> Hashable:
+        """As long as this is the same, nothing of what give() said is out of date but what give_rest() says."""
+        return self.host.edition, self.server.edition
+
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """The suspended device as a document; its snapshot() is apart. Raises HostError if now is no time for it."""
+        """The device as a document, running or not; its preview() is apart. Raises HostError if now is no time."""
         return {"chardevs": self.host.give(parcel), "server": self.server.give(parcel)}
 
-    def take(self, state: Fields, snapshot: bytes, delivery: Delivery) -> None:
-        """Becomes the device that gave ``state``, and is suspended. Raises VsportError, OSError; then release()."""
-        device = self.host.device
-        self.host.take(state.object("chardevs"), delivery)
-        device.restore(Snapshot.decode(snapshot), carried=self.host.with_peers())
-        self.server.take(state.object("server"), delivery)
+    def take(self, draft: Fields, delivery: Delivery) -> None:
+        """Makes all that ``draft`` describes, suspended. Raises VsportError, OSError; then release()."""
+        self.host.take(draft.object("chardevs"), delivery)
+        self.server.take(draft.object("server"), delivery)
+
+    def suspend(self) -> None:
+        """The device stands still until resume(), or for ever, and nobody is told."""
+        self.server.suspend()
+
+    def give_rest(self) -> dict[str, Any]:
+        """What changes while a device runs, of one that is suspended; its snapshot() is apart."""
+        return self.server.give_rest()
+
+    def take_rest(self, state: Fields, snapshot: Snapshot) -> None:
+        """After take(): becomes the device that gave this. Raises VsportError; then release()."""
+        self.host.device.restore(snapshot, carried=self.host.with_peers())
+        self.server.take_rest(state)
 
     def resume(self) -> None:
         """The device goes on, here."""
@@ -104,7 +132,7 @@ class _Sizes(NamedTuple):
 
 _SHORT = _Sizes(1 << 16, 0, 0)
 _CONFIGURATION = _Sizes(1 << 24, 0, 0)
-_STATE = _Sizes(1 << 24, 1 << 27, 4096)
+_DEVICE = _Sizes(1 << 24, 1 << 27, 4096)
 
 
 class _Message(NamedTuple):
@@ -195,20 +223,50 @@ def _fill(inbox: _Inbox, sock: socket.socket, deadline: float) -> None:
         inbox.receive(sock)
 
 
-def _send(sock: socket.socket, message: bytes, fds: Sequence[int], deadline: float) -> None:
-    """Sends a message, and its descriptors behind it. Raises TimeoutError, HostError, OSError."""
-    _wait(sock, deadline)
-    sock.sendall(message)
-    try:
-        for at in range(0, len(fds), _FDS_AT_ONCE):
-            _wait(sock, deadline)
-            socket.send_fds(sock, [b"+"], list(fds[at : at + _FDS_AT_ONCE]))
-    except OSError as exc:
-        if exc.errno == errno.ETOOMANYREFS:
-            raise HostError(
-                f"the old process may not send {len(fds)} descriptors: raise its limit (ulimit -n)"
-            ) from exc
-        raise
+class _Outgoing:
+    """A message on its way, with its descriptors behind it. They are copies: theirs may be closed meanwhile."""
+
+    def __init__(self, message: bytes, parcel: Parcel | None = None) -> None:
+        self._message = message
+        self._fds = [] if parcel is None else parcel.copies()
+        self._count = len(self._fds)
+
+    def send(self, sock: socket.socket) -> bool:
+        """Sends once; says whether that was the last of it. Raises HostError, and what send() does."""
+        if self._message:
+            self._message = self._message[sock.send(self._message) :]
+        else:
+            self._send_fds(sock)
+        return not self._message and not self._fds
+
+    def _send_fds(self, sock: socket.socket) -> None:
+        try:
+            socket.send_fds(sock, [b"+"], self._fds[:_FDS_AT_ONCE])
+        except OSError as exc:
+            if exc.errno == errno.ETOOMANYREFS:
+                raise HostError(
+                    f"the old process may not send {self._count} descriptors: raise its limit (ulimit -n)"
+                ) from exc
+            raise
+        for fd in self._fds[:_FDS_AT_ONCE]:
+            os.close(fd)
+        del self._fds[:_FDS_AT_ONCE]
+
+    def send_all(self, sock: socket.socket, deadline: float) -> None:
+        """Sends all of it. Raises TimeoutError, HostError, OSError."""
+        try:
+            done = False
+            while not done:
+                _wait(sock, deadline)
+                done = self.send(sock)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives up what has not been sent. Safe to call twice."""
+        for fd in self._fds:
+            os.close(fd)
+        self._fds.clear()
 
 
 def _receive_fds(sock: socket.socket, count: int, deadline: float) -> Delivery:
@@ -246,6 +304,18 @@ class _Peer(NamedTuple):
         """A device goes to and comes from the same user, or root. Raises HostError."""
         if self.uid not in {os.geteuid(), 0}:
             raise HostError(f"no device goes between a process of user {os.geteuid()} and one of user {self.uid}")
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage is collected meanwhile: a full collection takes longer than a handover."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _raise_limit() -> None:
@@ -357,7 +427,10 @@ class _Dialogue:
         self._peer = _Peer.of(sock)
         self._inbox = _Inbox(_SHORT)
         self._next: tuple[str, Callable[[Fields], None]] = ("hello", self._hello)
-        self._unsent = b""
+        self._outgoing = _Outgoing(b"")
+        self._drafts = 0
+        self._edition: Hashable = None
+        self._preview: Snapshot | None = None
         self._timer: Timer | None = None
 
     def start(self) -> None:
@@ -405,47 +478,82 @@ class _Dialogue:
         log.info("process %d asks for the device", self._peer.pid)
         cargo = self._offer.cargo
         self._next = ("prepared", self._prepared)
-        self._unsent = _encode(
+        message = _encode(
             "configuration", chardevs=list(cargo.chardevs), devices=list(cargo.devices), directory=_directory()
         )
+        self._say(_Outgoing(message))
+
+    def _say(self, outgoing: _Outgoing) -> None:
+        """Then listens. The device runs on, however slow the taker is."""
+        self._outgoing = outgoing
         self._watch(WRITE, self._writable)
 
     def _writable(self, _ready: int) -> None:
         try:
-            self._unsent = self._unsent[self._sock.send(self._unsent) :]
+            if self._outgoing.send(self._sock):
+                self._listen()
         except BlockingIOError:
             return
-        except OSError as exc:
+        except (HostError, OSError) as exc:
             self._fail(exc)
-            return
-        if not self._unsent:
-            self._listen()
 
     def _prepared(self, fields: Fields) -> None:
-        """Suspends the device. It is the taker's when this returns; if this raises, it goes on here."""
         fields.end()
-        self._unwatch()
+        _raise_limit()  # as many descriptors may be under way
+        self._next = ("arranged", self._arranged)
+        self._draft()
+
+    def _draft(self) -> None:
+        """Describes the device, which runs on, so that the taker can make everything but the rest."""
+        self._drafts += 1
+        self._edition = self._offer.cargo.edition
+        self._preview = self._offer.cargo.host.device.preview()
+        parcel = Parcel()
+        draft = self._describe(parcel)
+        self._say(_Outgoing(_encode("draft", self._preview.encode(), len(parcel.fds), **draft), parcel))
+
+    def _describe(self, parcel: Parcel) -> dict[str, Any]:
+        return {"offer": self._offer.give(parcel), **self._offer.cargo.give(parcel)}
+
+    def _arranged(self, fields: Fields) -> None:
+        """The taker has made what the draft describes: if that is still the device, it stands still now."""
+        fields.end()
+        if self._edition != self._offer.cargo.edition and self._drafts < _DRAFTS:
+            self._draft()
+        else:
+            self._unwatch()
+            with _undisturbed():
+                self._hand_over()
+            log.info("process %d has taken over", self._peer.pid)
+            self._sock.close()
+            self._offer.over(taken=True)
+
+    def _hand_over(self) -> None:
+        """Suspends the device. It is the taker's when this returns; if this raises, it goes on here."""
+        cargo = self._offer.cargo
+        up_to_date = self._edition == cargo.edition
         paused_at = time.monotonic_ns()
-        self._offer.cargo.server.suspend()
+        cargo.suspend()
         try:
-            self._hand_over(paused_at)
+            deadline = time.monotonic() + STEP_SECONDS
+            self._state(paused_at, up_to_date=up_to_date).send_all(self._sock, deadline)
+            _wait_for_ready(self._sock, deadline)
         except BaseException as exc:
             self._refuse(exc)  # the socket is closed before the device goes on: nobody can say ready any more
-            self._offer.cargo.server.resume()
+            cargo.resume()
             raise
-        log.info("process %d has taken over", self._peer.pid)
-        self._sock.close()
-        self._offer.over(taken=True)
+        _wait_for_hangup(self._sock)
 
-    def _hand_over(self, paused_at: int) -> None:
-        _raise_limit()  # as many descriptors may be under way
-        parcel = Parcel()
-        cargo = self._offer.cargo
-        state = {"paused_at": paused_at, "offer": self._offer.give(parcel), **cargo.give(parcel)}
-        snapshot = cargo.host.device.snapshot().encode()
-        deadline = time.monotonic() + STEP_SECONDS
-        _send(self._sock, _encode("state", snapshot, len(parcel.fds), **state), parcel.fds, deadline)
-        _wait_for_ready(self._sock, deadline)
+    def _state(self, paused_at: int, *, up_to_date: bool) -> _Outgoing:
+        """The rest, and the whole device once more if the last draft was in vain."""
+        assert self._preview is not None
+        cargo, parcel = self._offer.cargo, Parcel()
+        drafts = [] if up_to_date else [self._describe(parcel)]
+        snapshot = cargo.host.device.snapshot()
+        moved = snapshot.moved_since(self._preview)
+        rest = {"paused_at": paused_at, "drafts": drafts, "whole": moved is None, **cargo.give_rest()}
+        attachment = snapshot.encode() if moved is None else moved
+        return _Outgoing(_encode("state", attachment, len(parcel.fds), **rest), parcel)
 
     def _fail(self, exc: BaseException) -> None:
         ours = not isinstance(exc, (VsportError, OSError, EOFError))
@@ -463,6 +571,7 @@ class _Dialogue:
 
     def close(self) -> None:
         self._unwatch()
+        self._outgoing.close()
         self._sock.close()
 
 
@@ -479,6 +588,13 @@ def _wait_for_ready(sock: socket.socket, deadline: float) -> None:
         if not inbox.complete:
             raise
     inbox.message().expect("ready").end()
+
+
+def _wait_for_hangup(sock: socket.socket) -> None:
+    """The taker goes on first: giving everything up takes processor time, and both may have to share one."""
+    with contextlib.suppress(OSError):
+        sock.settimeout(STEP_SECONDS)
+        sock.recv(1)
 
 
 def _directory() -> str:
@@ -509,12 +625,14 @@ class Takeover:
         self.path = path
         self._sock = socket.socket(socket.AF_UNIX)
         self._undo = contextlib.ExitStack()
+        self._quiet = contextlib.ExitStack()
         self._paused_at = 0
 
     def __enter__(self) -> Takeover:
         return self
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        self._quiet.close()
         self._undo.close()
         if exc is not None:
             with contextlib.suppress(OSError):
@@ -550,7 +668,7 @@ class Takeover:
     def _say(self, word: str, **fields: Any) -> None:
         deadline = time.monotonic() + STEP_SECONDS
         try:
-            _send(self._sock, _encode(word, **fields), [], deadline)
+            _Outgoing(_encode(word, **fields)).send_all(self._sock, deadline)
         except BrokenPipeError:
             self._hear("nothing", deadline)  # it may have said why
             raise
@@ -563,26 +681,34 @@ class Takeover:
     def take(self, cargo: Cargo, on_taken: Callable[[], None]) -> Offer:
         """The device pauses there, and ``cargo`` becomes it, suspended. Returns the giver's offer, not started yet."""
         _raise_limit()
+        draft = _Draft(cargo, on_taken)
+        self.if_it_fails(draft.release)
         self._say("prepared")
+        while (message := self._receive(draft)).word == "draft":
+            message.fields.end()
+            self._quiet.enter_context(_undisturbed())
+            self._say("arranged")
+        state = message.expect("state")
+        self._paused_at = state.integer("paused_at", 0, 2**63 - 1)
+        cargo.take_rest(state, draft.snapshot(message.attachment, whole=state.boolean("whole")))
+        state.end()
+        return draft.offer
+
+    def _receive(self, draft: _Draft) -> _Message:
+        """The next message about the device; what it says of the whole of it is in ``draft`` by then."""
         deadline = time.monotonic() + STEP_SECONDS
-        inbox = _Inbox(_STATE)
+        inbox = _Inbox(_DEVICE)
         _fill(inbox, self._sock, deadline)
         message = inbox.message()
-        state = message.expect("state")
         with contextlib.closing(_receive_fds(self._sock, inbox.fds, deadline)) as delivery:
-            self.if_it_fails(cargo.release)
-            self._paused_at = state.integer("paused_at", 0, 2**63 - 1)
-            offer = self._take_offer(state.object("offer"), delivery, cargo, on_taken)
-            cargo.take(state, message.attachment, delivery)
-            state.end()
-        return offer
-
-    def _take_offer(self, state: Fields, delivery: Delivery, cargo: Cargo, on_taken: Callable[[], None]) -> Offer:
-        offer = Offer(state.text("path"), cargo.host.loop, cargo, on_taken)
-        self.if_it_fails(offer.release)
-        offer.take(state.object("address"), delivery)
-        state.end()
-        return offer
+            if message.word == "draft":
+                draft.take(message.fields, delivery)
+                draft.look_at(message.attachment)
+            else:
+                for fields in message.expect("state").each("drafts", 1, Fields):
+                    draft.take(fields, delivery)
+                    fields.end()
+        return message
 
     def if_it_fails(self, undo: Callable[[], None]) -> None:
         """Calls back at the end, unless ready() was said."""
@@ -591,12 +717,57 @@ class Takeover:
     def ready(self) -> None:
         """The device is this process's from now on."""
         self._say("ready")
-        self._undo.pop_all()
+        self._undo.pop_all()  # and not called
 
     @property
     def milliseconds(self) -> float:
         """How long it is since the giver suspended the device."""
         return (time.monotonic_ns() - self._paused_at) / 1e6
+
+
+class _Draft:
+    """What the taker has made of the last draft: ``cargo``, but for the rest, and the giver's offer."""
+
+    def __init__(self, cargo: Cargo, on_taken: Callable[[], None]) -> None:
+        self._cargo = cargo
+        self._on_taken = on_taken
+        self._offer: Offer | None = None
+        self._preview: Snapshot | None = None
+
+    @property
+    def offer(self) -> Offer:
+        if self._offer is None:
+            raise DocumentError("a state without a draft before it")
+        return self._offer
+
+    def take(self, fields: Fields, delivery: Delivery) -> None:
+        """In place of the one before. Raises VsportError, OSError."""
+        self.release()
+        offer = fields.object("offer")
+        self._offer = Offer(offer.text("path"), self._cargo.host.loop, self._cargo, self._on_taken)
+        self._offer.take(offer.object("address"), delivery)
+        offer.end()
+        self._cargo.take(fields, delivery)
+
+    def look_at(self, preview: bytes) -> None:
+        """What the device was at the time of the draft: if it does not fit, that need not be found out in the pause."""
+        self._preview = Snapshot.decode(preview)
+        self._cargo.host.device.check(self._preview)
+
+    def snapshot(self, data: bytes, *, whole: bool) -> Snapshot:
+        """The device that was suspended, or what is different from the preview."""
+        if whole:
+            return Snapshot.decode(data)
+        if self._preview is None:
+            raise DocumentError("a state without a draft before it")
+        return self._preview.move(data)
+
+    def release(self) -> None:
+        """Nobody notices that it was there."""
+        if self._offer is not None:
+            self._offer.release()
+            self._offer = None
+        self._cargo.release()
 
 
 def _text(where: str, value: object) -> str:

@@ -8,6 +8,7 @@ loop.run()
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 from vsport import chardev
@@ -33,7 +34,12 @@ class Host:
     def __init__(self, loop: Loop, configuration: Configuration, name: str = "") -> None:
         self.loop = loop
         self.configuration = configuration
-        self.device = SerialDevice(max_ports=configuration.max_ports, name=name)
+        self.device = SerialDevice(
+            max_ports=configuration.max_ports,
+            packed=configuration.packed,
+            in_order=configuration.in_order,
+            name=name,
+        )
         self.device.on_backlog = self._again_soon
         self._backlog: set[int] = set()
         self.pumps: dict[int, PortPump] = {}
@@ -74,6 +80,11 @@ class Host:
             raise
 
     # -- going on in another process -----------------------------------------------------------------------------------
+
+    @property
+    def edition(self) -> Hashable:
+        """As long as this is the same, give() says the same."""
+        return tuple((id, pump.chardev.edition) for id, pump in self.pumps.items())
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
         """Every open chardev, by its id, for the take() of another process. Changes nothing."""

@@ -23,6 +23,16 @@ class Parcel:
         self.fds.append(fd)
         return len(self.fds) - 1
 
+    def copies(self) -> list[int]:
+        """A copy of each descriptor, the caller's own; raises OSError, and then there is none."""
+        copies: list[int] = []
+        try:
+            copies.extend(os.dup(fd) for fd in self.fds)
+        except OSError:
+            Delivery(copies).close()
+            raise
+        return copies
+
 
 class Delivery:
     """What has arrived: each descriptor is the taker's from then on, and close() closes those that nobody took."""

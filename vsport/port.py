@@ -258,7 +258,8 @@ class Port:
         """
         here = self.state.host_connected
         before, self.state = self.state, saved.state
-        self.config = replace(self.config, cols=saved.config.cols, rows=saved.config.rows)
+        if (self.config.cols, self.config.rows) != (saved.config.cols, saved.config.rows):
+            self.config = replace(self.config, cols=saved.config.cols, rows=saved.config.rows)
         self.added, self.stale, self.session = saved.added, saved.stale, saved.session
         self.links.transition(self, cause, before)
         self._back_end_state = saved.back_end

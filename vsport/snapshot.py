@@ -18,7 +18,7 @@ import json
 import re
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vsport.connection import State
@@ -27,7 +27,14 @@ from vsport.control import Message
 from vsport.document import DocumentError, Fields
 from vsport.errors import GuestError, UsageError
 
-__all__ = ["MAGIC", "SIZE_MAX", "PortConfig", "PortState", "QueueState", "Snapshot"]
+__all__ = [
+    "MAGIC",
+    "SIZE_MAX",
+    "PortConfig",
+    "PortState",
+    "QueueState",
+    "Snapshot",
+]
 
 MAGIC: Final = b"vsport\0\1"
 _FRAME = struct.Struct("<8sIII")
@@ -36,6 +43,8 @@ _PAYLOAD_MAX = 64 << 20
 SIZE_MAX: Final = _FRAME.size + _HEADER_MAX + _PAYLOAD_MAX
 """Bytes of the largest document."""
 _WAITING_MAX = 16 * PORTS_MAX
+_POSITION = struct.Struct("<HQ")
+"""Of a queue: the next chain, and how much of it was consumed."""
 _OFFSET_MAX = QUEUE_SIZE_MAX << 32
 _FEATURES = sum(int(feature) for feature in Feature)
 _NAME_BYTES_MAX = 1024
@@ -72,6 +81,7 @@ class QueueState:
     index: int
     size: int
     next_avail: int
+    """As DeviceQueue has it: in a packed ring the slot, with the wrap counter in bit 15."""
     offset: int = 0
 
 
@@ -103,6 +113,27 @@ class Snapshot:
     ports: tuple[PortState, ...] = ()
     waiting: tuple[Message, ...] = ()
     """Control messages that the guest had no buffer for yet, in order (R-MIG-22)."""
+
+    def moved_since(self, before: Snapshot) -> bytes | None:
+        """Where the queues are, if nothing but that is different from ``before``; None if something is."""
+        if replace(self, queues=before.queues) != before:
+            return None
+        rings, rings_before = ([(queue.index, queue.size) for queue in each.queues] for each in (self, before))
+        if rings != rings_before:
+            return None
+        return b"".join(_POSITION.pack(queue.next_avail, queue.offset) for queue in self.queues)
+
+    def move(self, positions: bytes) -> Snapshot:
+        """The inverse: the same, with its queues there. Raises DocumentError."""
+        if len(positions) != len(self.queues) * _POSITION.size:
+            raise DocumentError(f"snapshot: {len(positions)} bytes do not say where {len(self.queues)} queues are")
+        moved = [
+            QueueState(queue.index, queue.size, *where)
+            for queue, where in zip(self.queues, _POSITION.iter_unpack(positions), strict=True)
+        ]
+        if any(queue.offset > _OFFSET_MAX for queue in moved):
+            raise DocumentError("snapshot: no chain is as long as is said to have been consumed")
+        return replace(self, queues=tuple(moved))
 
     def encode(self) -> bytes:
         """The document."""
@@ -222,8 +253,6 @@ def _read_queue(where: str, value: object) -> QueueState:
         offset=fields.integer("offset", 0, _OFFSET_MAX),
     )
     fields.end()
-    if queue.size & (queue.size - 1):
-        raise DocumentError(f"{where}: size {queue.size} is no power of two (R-RING-01)")
     return queue
 
 
@@ -279,10 +308,21 @@ def _check_consistency(snapshot: Snapshot) -> None:
         raise DocumentError("snapshot: two ports have one name")
     if snapshot.features & ~_FEATURES:
         raise DocumentError(f"snapshot: features {snapshot.features:#x} are not all known")
+    for queue in snapshot.queues:
+        _check_queue(queue, packed=bool(snapshot.features & Feature.RING_PACKED))
     for port in snapshot.ports:
         multiport = snapshot.features & Feature.MULTIPORT
         if multiport and port.state.device_ready and not port.added:
             raise DocumentError(f"snapshot: port {port.config.id} is ready, and the driver was never told of it")
+
+
+def _check_queue(queue: QueueState, *, packed: bool) -> None:
+    if not packed and queue.size & (queue.size - 1):
+        raise DocumentError(f"snapshot: queue {queue.index}: size {queue.size} is no power of two (R-RING-01)")
+    if packed and queue.next_avail & 0x7FFF >= queue.size:
+        raise DocumentError(
+            f"snapshot: queue {queue.index}: next_avail {queue.next_avail:#x} is no slot of it (R-VU-18)"
+        )
 
 
 def _check_unique(what: str, numbers: list[int], *, below: int) -> None:

@@ -129,6 +129,8 @@ class Chardev(ABC):
         self.id = id
         self.log = log
         self.connected = False
+        self.edition = 0
+        """Another number whenever give() may say something else."""
         self.read_fd = -1
         self.write_fd = -1
         self._loop: Loop | None = None
@@ -201,6 +203,7 @@ class Chardev(ABC):
         if self._passing >= 0:
             os.close(self._passing)
         self.read_fd = self.write_fd = self._passing = -1
+        self.edition += 1
 
     def describe(self) -> str:
         """As QEMU's query-chardev shows it, e.g. ``disconnected:unix:/run/x.sock,server=on``."""
@@ -337,6 +340,7 @@ class Chardev(ABC):
         """
         assert self._owner is not None
         assert not self.connected
+        self.edition += 1
         self._passing = passing
         self.read_fd, self.write_fd = self._ends()
         self.connected = True
@@ -344,6 +348,7 @@ class Chardev(ABC):
 
     def _keep(self, name: str, fd: int) -> int:
         """Keeps ``fd`` open from session to session, until close()."""
+        self.edition += 1
         self._kept[name] = fd
         return fd
 

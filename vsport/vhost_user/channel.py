@@ -98,6 +98,11 @@ class Channel:
         """Whether the other end has not gone yet, as far as is known."""
         return self._stream.sock.fileno() >= 0
 
+    @property
+    def reads(self) -> int:
+        """How often something has come in."""
+        return self._stream.reads
+
     def suspend(self) -> None:
         """An answer that comes now waits in the socket."""
         cancel(self._timer)

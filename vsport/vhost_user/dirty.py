@@ -61,6 +61,11 @@ class DirtyLogging:
         self._signal_fd = fds.pop()
 
     @property
+    def logs(self) -> bool:
+        """Whether there is a log."""
+        return self._log is not None
+
+    @property
     def signals(self) -> bool:
         """Whether somebody waits for the log to change."""
         return self._signal_fd >= 0 and self._log is not None

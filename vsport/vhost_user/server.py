@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 from vsport.addresses import UnixAddress
@@ -58,6 +58,7 @@ class Server:
         self._listener: socket.socket | None = None
         self._address: UnixAddress | None = None
         self._connection: Connection | None = None
+        self._connections = 0
         self._suspended = False
         device.on_fault = self._on_fault
         device.on_config_change = self._on_config_change
@@ -114,6 +115,7 @@ class Server:
             self._connect(accepted)
 
     def _connect(self, sock: socket.socket) -> None:
+        self._connections += 1
         self._connection = Connection(Stream(sock), self.device, self.loop, self._disconnected)
         self._connection.watch()
         self.device.log.info("front end connected")
@@ -155,8 +157,13 @@ class Server:
             self._connection.resume()
         self._accept_when_free()
 
+    @property
+    def edition(self) -> Hashable:
+        """As long as this is the same, nothing of what give() said is out of date but what give_rest() says."""
+        return self._connections, self._connection.edition if self._connection is not None else None
+
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """Everything as a document, its descriptors in ``parcel``; suspended before, and it changes nothing.
+        """Everything as a document, its descriptors in ``parcel``; running or suspended, and it changes nothing.
 
         The device's own state is not in it: that is its snapshot. Raises HostError while the front end moves that
         state itself: then it has to be tried again.
@@ -170,6 +177,17 @@ class Server:
 
     def _give_connection(self, parcel: Parcel) -> list[dict[str, Any]]:
         return [self._connection.give(parcel)] if self._connection is not None else []
+
+    def give_rest(self) -> dict[str, Any]:
+        """What changes while nobody says anything: where the rings stand. Suspended before."""
+        return {"rings": [self._connection.session.give_rest()] if self._connection is not None else []}
+
+    def take_rest(self, state: Fields) -> None:
+        """After take(): with what give_rest() said, it is the giver's. Raises DocumentError, FrontEndError."""
+        for rings in state.each("rings", 1, Fields):
+            if self._connection is None:
+                raise DocumentError(f"{rings.where}: there is no front end whose rings these could be")
+            self._connection.session.take_rest(rings)
 
     def take(self, state: Fields, delivery: Delivery) -> None:
         """In place of listen() or adopt(): becomes what give() of another process described, and is suspended.
@@ -249,6 +267,7 @@ class Connection:
         self._patience: Timer | None = None
         self._channel: Channel | None = None
         self._transfer: StateReader | StateWriter | None = None
+        self._replies = 0
         self._polled: set[int] = set()
         self._poll_timer: Timer | None = None
         self._log_timer: Timer | None = None
@@ -300,6 +319,7 @@ class Connection:
             self.watch()
 
     def _go_on_sending(self) -> None:
+        self._replies += 1
         data, fd = self._unsent
         sent = send_some(self._stream.sock, data, [fd] if fd >= 0 else [])
         if sent and fd >= 0:
@@ -346,29 +366,29 @@ class Connection:
     # -- handover ----------------------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Stops the rings, and listens to nobody."""
+        """Stops the rings, and listens to nobody. Kicks say nothing new: resume() looks at each ring by itself."""
         self.session.suspend()
         self._unwatch()
-        for vring in self.session.vrings:
-            if vring.kick_fd >= 0:
-                self.loop.unwatch(vring.kick_fd)
         if self._channel is not None:
             self._channel.suspend()
 
     def resume(self) -> None:
-        """A kick that came meanwhile is in its descriptor, a message in the socket."""
+        """What was said meanwhile is in the rings and in the socket."""
         self.watch()
         if self._unsent.data:
             self._be_patient()
-        for index, vring in enumerate(self.session.vrings):
-            if vring.kick_fd >= 0:
-                self.watch_kick(index, vring.kick_fd)
         if self._channel is not None:
             self._channel.resume()
         self.session.resume()
 
+    @property
+    def edition(self) -> Hashable:
+        """As in Server."""
+        channel = self._channel.reads if self._channel is not None and self._channel.open else -1
+        return self._stream.reads, self._replies, channel, self.session.edition
+
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """The suspended connection as a document; raises HostError if the session cannot be given now."""
+        """The connection as a document; raises HostError if the session cannot be given now."""
         session = self.session.give(parcel)
         channels = [self._channel] if self._channel is not None and self._channel.open else []
         return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vsport.constants import QUEUE_SIZE_MAX, Feature
+from vsport.constants import PACKED_BEGINNING, QUEUE_SIZE_MAX, Feature
 from vsport.device import SerialDevice
 from vsport.document import DocumentError, Fields
 from vsport.errors import FrontEndError
@@ -64,6 +64,8 @@ _NOT_VIRTIO = int(Feature.PROTOCOL_FEATURES | Feature.LOG_ALL)
 """Bits that front end and back end have for themselves, among those of the guest's driver."""
 
 _STATUS_NEEDS_RESET = 0x40
+_PACKED_FLAGS, _PACKED_USED = 14, 0x8000
+"""In a packed descriptor (R-RING-40)."""
 _CONFIG_WRITE_BY_GUEST, _CONFIG_WRITE_BY_MIGRATION = 0, 1
 
 
@@ -95,6 +97,8 @@ class Session:
         """Whether the last message is still to be answered (send_reply): none that comes behind it may be before."""
         self.channel_busy = False
         """Whether a request of ours on the back-end channel is unanswered."""
+        self.edition = 0
+        """Another number whenever give() may say something else, but for what give_rest() says."""
         self._held: frozenset[int] | None = None
         self._has_channel = False
         self._config_stale = False
@@ -107,6 +111,7 @@ class Session:
         A request whose meaning is wrong is refused, if the front end asked to hear of it. Raises FrontEndError if it
         did not, or if the syntax is wrong: the connection has to end (R-VU-04, R-VU-07).
         """
+        self.edition += 1
         unused = list(fds)
         try:
             return self._answer(header, payload, unused)
@@ -307,6 +312,8 @@ class Session:
     def set_inflight_fd(self, area: InflightArea, fds: list[int]) -> None:
         if not self.suspended:
             raise FrontEndError("R-VU-85", "other in-flight descriptors while rings run")
+        if self._packed:
+            raise FrontEndError("R-VU-90", "chains in flight are not kept for packed rings")
         share = Share(self.edge, fds[0], area.mmap_offset, area.mmap_size)
         fds.clear()
         region = InflightRegion(area, share, len(self.vrings))
@@ -359,17 +366,31 @@ class Session:
 
     def set_vring_num(self, state: VringState, _: list[int]) -> None:
         vring = self._reconfigure(state.index)
-        if not 1 <= state.num <= QUEUE_SIZE_MAX or state.num & (state.num - 1):
+        if not 1 <= state.num <= QUEUE_SIZE_MAX or (state.num & (state.num - 1) and not self._packed):
             vring.size = 0
             raise FrontEndError("R-RING-01", "a queue's size is a power of two, at most 32768", size=state.num)
         vring.size = state.num
 
     def set_vring_base(self, state: VringState, _: list[int]) -> None:
-        if state.num > 0xFFFF:
-            raise FrontEndError("R-VU-18", "a split ring's base has 16 bits", base=hex(state.num))
+        base = self._read_base(state.num)
         vring = self._reconfigure(state.index)
-        vring.rewound = state.num == 0 and (vring.rewound or vring.base != 0)
-        vring.base = state.num
+        vring.rewound = self._is_beginning(base) and (vring.rewound or not self._is_beginning(vring.base))
+        vring.base = base
+
+    def _read_base(self, num: int) -> int:
+        """A packed ring has two places, which are one here: no chain is taken before it can be returned (R-VU-18)."""
+        if not self._packed:
+            if num > 0xFFFF:
+                raise FrontEndError("R-VU-18", "a split ring's base has 16 bits", base=hex(num))
+            return num
+        if num & 0xFFFF != num >> 16:
+            what = "a packed ring whose chains were taken and not returned cannot go on here"
+            raise FrontEndError("R-VU-18", what, base=hex(num))
+        return num & 0xFFFF
+
+    def _is_beginning(self, base: int) -> bool:
+        """User Mode Linux says 0 for a packed ring, too (R-RING-49)."""
+        return base == 0 or (self._packed and base == PACKED_BEGINNING)
 
     def set_vring_addr(self, address: VringAddress, _: list[int]) -> None:
         """Refused if a part is misaligned or outside memory (R-RING-09). Other ``flags`` alone do not stop a ring."""
@@ -385,7 +406,7 @@ class Session:
         """Stops the ring, kicks included: a late one must not start it, only SET_VRING_KICK may (R-VU-20)."""
         vring = self._reconfigure(state.index)
         self._replace_kick(vring, -1)
-        return VringState(state.index, vring.base).encode()
+        return VringState(state.index, vring.base << 16 | vring.base if self._packed else vring.base).encode()
 
     def set_vring_kick(self, payload: VringFd, fds: list[int]) -> None:
         """Starts the ring. Chains may be waiting already, so it is looked at without a kick (R-VU-50, R-VU-53)."""
@@ -424,6 +445,10 @@ class Session:
         vring.enabled = bool(state.num)
         self._settle(state.index)
 
+    @property
+    def _packed(self) -> bool:
+        return bool(self.device.negotiated & Feature.RING_PACKED)
+
     def _vring(self, index: int) -> Vring:
         if index >= len(self.vrings):
             raise FrontEndError("R-VU-22", "no such queue", index=index, queues=len(self.vrings))
@@ -437,11 +462,18 @@ class Session:
         return vring
 
     def _check_layout(self, address: VringAddress, size: int) -> None:
-        parts = {
-            "descriptor table": (address.desc, 16, 16 * size),
-            "available ring": (address.avail, 2, 6 + 2 * size),
-            "used ring": (address.used, 4, 6 + 8 * size),
-        }
+        if self._packed:
+            parts = {
+                "descriptor ring": (address.desc, 16, 16 * size),
+                "driver's event structure": (address.avail, 4, 4),
+                "device's event structure": (address.used, 4, 4),
+            }
+        else:
+            parts = {
+                "descriptor table": (address.desc, 16, 16 * size),
+                "available ring": (address.avail, 2, 6 + 2 * size),
+                "used ring": (address.used, 4, 6 + 8 * size),
+            }
         for name, (start, alignment, length) in parts.items():
             if start % alignment:
                 raise FrontEndError("R-RING-01", f"{name} is misaligned", queue=address.index, address=hex(start))
@@ -476,7 +508,7 @@ class Session:
 
     def kicked(self, index: int) -> None:
         """The driver has kicked queue ``index``. A kick of a ring that is not live waits in the ring (R-RING-83)."""
-        if self.vrings[index].live:
+        if self.vrings[index].live and self._held is None:
             self.device.kick(index)
 
     def queue_failed(self, index: int) -> None:
@@ -493,7 +525,7 @@ class Session:
             self._leave(index, vring)
 
     def _go_live(self, index: int, vring: Vring) -> None:
-        if any(vring.rewound and self._used_index(vring) == 0 for vring in self.vrings):
+        if any(vring.rewound and self._looks_unused(vring) for vring in self.vrings):
             self._begin_anew()
         self._start_queue(index, vring)
         vring.live = True
@@ -519,14 +551,22 @@ class Session:
             vring.address.avail,
             vring.address.used,
             base=vring.base,
-            event_idx=bool(self.device.negotiated & Feature.EVENT_IDX),
-            indirect=bool(self.device.negotiated & Feature.INDIRECT_DESC),
+            **self.device.ring_options,
             reset=vring.base != queue.next_avail,
         )
 
-    def _used_index(self, vring: Vring) -> int | None:
-        """The used index in memory of a ring that may not be started yet."""
-        return self.memory.number_at(vring.address.used + 2) if vring.address is not None else None
+    def _looks_unused(self, vring: Vring) -> bool:
+        """Whether memory says that nothing was returned on a ring that may not be started yet (R-VU-71).
+
+        A split ring has an index for that. A packed one has the flags of its first slot, which are USED for every other
+        turn only: so this is said of a ring that has gone round, too.
+        """
+        if vring.address is None:
+            return False
+        if not self._packed:
+            return self.memory.number_at(vring.address.used + 2) == 0
+        flags = self.memory.number_at(vring.address.desc + _PACKED_FLAGS)
+        return flags is not None and not flags & _PACKED_USED
 
     def _begin_anew(self) -> None:
         """The guest was reset, or its driver bound again.
@@ -541,7 +581,9 @@ class Session:
         for vring in self.vrings:
             vring.rewound = False
             if not vring.started:
-                vring.base = 0  # the rings that follow one by one are not evidence of one more reset
+                vring.base = (
+                    PACKED_BEGINNING if self._packed else 0
+                )  # the rings that follow one by one are not evidence of one more reset
         self._forget_inflight()
         self.device.reset()
         for index, _ in live:
@@ -558,16 +600,19 @@ class Session:
     def config_changed(self) -> None:
         """The configuration space is another one: the front end is told, as soon as it may be."""
         self._config_stale = True
+        self.edition += 1
         self._tell_of_config()
 
     def channel_free(self) -> None:
         """The front end has answered the last request, or has had its time (R-VU-97)."""
         self.channel_busy = False
+        self.edition += 1
         self._tell_of_config()
 
     def channel_lost(self) -> None:
         """The front end has closed the channel, or broken its rules."""
         self._has_channel = False
+        self.edition += 1
 
     def _tell_of_config(self) -> None:
         """One request at a time: changes that come while it is under way become one more (R-VU-54, R-VU-97)."""
@@ -584,39 +629,44 @@ class Session:
         """Stops all queues, and does not say so: the front end's wishes are as they were. Safe to call twice."""
         if self._held is not None:
             return
-        queues = self.device.queues
-        self._held = frozenset(index for index, vring in enumerate(self.vrings) if vring.live and queues[index].running)
-        for index in self._held:
+        self._held = self._running()
+        for index in sorted(self._held, reverse=True):  # the device looks for one that still runs from the first on
             self.edge.poll_ring(index, False)
-            self.vrings[index].base = queues[index].stop()
+            self.vrings[index].base = self.device.queues[index].stop()
             self.device.queue_stopped(index)
         self.edge.poll_log(False)
+
+    def _running(self) -> frozenset[int]:
+        """The rings that move; a live one whose queue does not run has been broken."""
+        rings = zip(self.vrings, self.device.queues, strict=True)
+        return frozenset(index for index, (vring, queue) in enumerate(rings) if vring.live and queue.running)
 
     def resume(self) -> None:
         """Goes on where suspend() stopped, here or in the process that took the session over."""
         if self._held is None:
             return
         held, self._held = sorted(self._held), None
-        for queue, vring in zip(self.device.queues, self.vrings, strict=True):
-            queue.call_fd = vring.call_fd
-        self._log_anew()
+        self.edition += 1
+        if self.dirty.logs:
+            self._log_anew()
         for index in [index for index in held if self._restart(index, self.vrings[index])]:
             self.edge.poll_ring(index, self.vrings[index].polled)
             self.device.queue_started(index)
         self._tell_of_config()
 
     def give(self, parcel: Parcel) -> dict[str, Any]:
-        """A suspended session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
+        """The session as a document, its descriptors in ``parcel``; raises HostError if now is no time for it.
 
-        The device's own state is not in it, nor the socket and the channel, which are the edge's.
+        The device's own state is not in it, nor the socket and the channel, which are the edge's. What it says of rings
+        that run is out of date at once, and said by give_rest().
         """
-        assert self._held is not None
+        held = self._running() if self._held is None else self._held
         return {
             "transfer": self.transfer.give(),
             "protocol_features": int(self.protocol_features),
             "status": self.status,
             "regions": self.memory.give(parcel),
-            "vrings": [vring.give(parcel) | {"held": at in self._held} for at, vring in enumerate(self.vrings)],
+            "vrings": [vring.give(parcel) | {"held": at in held} for at, vring in enumerate(self.vrings)],
             "dirty": self.dirty.give(parcel),
             "inflight": [self.inflight.give(parcel)] if self.inflight is not None else [],
             "channel_busy": self.channel_busy,
@@ -624,7 +674,7 @@ class Session:
         }
 
     def take(self, fields: Fields, delivery: Delivery, *, has_channel: bool) -> None:
-        """Becomes the suspended session that give() described, and does not touch the device before resume().
+        """Becomes the session that give() described, suspended, and does not touch a ring before resume().
 
         Raises DocumentError, FrontEndError; release() undoes what was done until then.
         """
@@ -645,6 +695,22 @@ class Session:
         self._config_stale = fields.boolean("config_stale")
         fields.end()
 
+    def give_rest(self) -> dict[str, Any]:
+        """Which rings of a suspended session run as soon as it is resumed."""
+        assert self._held is not None
+        return {"held": sorted(self._held)}
+
+    def take_rest(self, fields: Fields) -> None:
+        """After take(), and when the device knows where its queues stand. Raises DocumentError."""
+        assert self._held is not None
+        held = frozenset(fields.each("held", len(self._held), _read_index))
+        fields.end()
+        if not held <= self._held:
+            raise DocumentError(f"{fields.where}: a ring that did not run at the time of the draft")
+        for index in held:
+            self.vrings[index].base = self.device.queues[index].next_avail
+        self._held = held
+
     def _take_vrings(self, fields: Fields, delivery: Delivery) -> frozenset[int]:
         """Takes all rings; says which of them have to run after resume()."""
         states = fields.each("vrings", len(self.vrings), Fields)
@@ -652,7 +718,8 @@ class Session:
             raise DocumentError(f"{fields.where}: {len(states)} rings, but the device has {len(self.vrings)} queues")
         held = set()
         for index, (vring, state) in enumerate(zip(self.vrings, states, strict=True)):
-            vring.take(index, state, delivery)
+            vring.take(index, state, delivery, packed=self._packed)
+            self.device.queues[index].call_fd = vring.call_fd
             if state.boolean("held"):
                 held.add(index)
             state.end()
@@ -665,9 +732,8 @@ class Session:
             raise DocumentError(f"vring {index} runs without having been started")
         if runs and vring.address is not None:
             self._check_layout(vring.address, vring.size)
-        if vring.kick_fd >= 0:  # whether it can be waited for
+        if vring.kick_fd >= 0:  # it is waited for from now on: nothing is heard before the loop runs
             self.edge.watch_kick(index, vring.kick_fd)
-            self.edge.unwatch_kick(vring.kick_fd)
         for fd in (vring.call_fd, vring.err_fd):
             if fd >= 0:
                 self.edge.make_nonblocking(fd)
@@ -695,3 +761,9 @@ class Session:
         self._drop_inflight()
         self.dirty.close()
         self.memory.clear()
+
+
+def _read_index(where: str, value: object) -> int:
+    if type(value) is not int:
+        raise DocumentError(f"{where}: the number of a queue belongs here")
+    return value

@@ -34,6 +34,8 @@ class Stream:
         self.sock = sock
         self._data = b""
         self._fds: list[int] = []
+        self.reads = 0
+        """How often something has come in."""
 
     def receive(self, size: int) -> bool:
         """Whether ``size`` bytes are there by now. Raises BrokenConnection.
@@ -47,6 +49,7 @@ class Stream:
                 return False
             except OSError as exc:
                 raise BrokenConnection(exc.strerror) from exc
+            self.reads += 1
             self._fds += fds
             if flags & socket.MSG_CTRUNC or len(self._fds) > FDS_MAX:
                 raise BrokenConnection("more descriptors in a message than can be taken (R-VU-03)")
