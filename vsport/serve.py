@@ -24,6 +24,7 @@ from vsport.host import Host
 from vsport.loop import Loop
 from vsport.option_table import Option, help_lines
 from vsport.options import DEVICES, parse_configuration
+from vsport.turns import ask_for_short_turns
 from vsport.vhost_user.server import Server
 
 __all__ = ["CAPABILITIES", "description", "option_help", "serve"]
@@ -94,6 +95,7 @@ def serve(arguments: argparse.Namespace) -> int:
     """
     _check(arguments)
     logging.basicConfig(level=arguments.log_level.upper(), format="vsport: %(message)s", stream=sys.stderr)
+    ask_for_short_turns()
     loop = Loop()
     try:
         if arguments.takeover is not None:
