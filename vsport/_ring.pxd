@@ -212,6 +212,7 @@ cdef bint ring_notify(Ring *r) noexcept nogil
 cdef bint ring_kicks_on(Ring *r) noexcept nogil
 cdef bint ring_kicks_ahead(Ring *r) noexcept nogil
 cdef uint32_t ring_unread(Ring *r) noexcept nogil
+cdef bint ring_fetched(Ring *r, uint16_t place) noexcept nogil
 cdef void ask_for_no_kick(Ring *r) noexcept nogil
 cdef bint has_chain(Ring *r) noexcept nogil
 
