@@ -37,13 +37,13 @@ from vsport._ring cimport (
     DeviceQueue,
     Ring,
     ask_for_no_kick,
-    flag_get,
     has_chain,
     ring_drain,
     ring_fetched,
     ring_fill,
     ring_kicks_ahead,
     ring_kicks_on,
+    ring_lost,
     ring_notify,
     ring_unread,
 )
@@ -237,7 +237,7 @@ cdef void take_turn(Work *w, bint lingers) noexcept nogil:
 
 cdef bint is_news(Work *w) noexcept nogil:
     """Whether Python has to hear of the turn: of its outcome, or because it alone can interrupt the guest."""
-    if flag_get(&w.ring.mem.lost):
+    if ring_lost(w.ring):
         return True
     if w.ring.call_fd < 0 and w.ring.unsignalled:
         return True
