@@ -129,6 +129,12 @@ def test_every_command_has_help_that_fits_a_terminal(arguments):
     assert done.stderr == ""
 
 
+def test_serving_does_not_load_what_it_does_not_need():
+    code = "import sys; from vsport.cli import main; main(['serve', '--print-capabilities']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"vsport.lab", "vsport.demo", "vsport.sim", "subprocess", "asyncio"}
+
+
 def test_without_a_command_there_is_help_and_an_error_code():
     done = vsport()
     assert done.returncode == 2
