@@ -9,17 +9,19 @@ marks, is replaced by what was found.
 
 import argparse
 import json
+import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from floors import OURS, Figure, Goal
 
 BEGIN, END = "<!-- goals: begin -->", "<!-- goals: end -->"
-COLUMNS = ("benchmark", "what", "against", "ratio", "of turns", "goal", "met")
+COLUMNS = ("benchmark", "what", "against", "ratio", "half of turns", "goal", "met")
 COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a")
 """For peers and floors, in order of appearance; legible for the colour-blind."""
 OUR_COLOUR = "#1f4e9c"
@@ -45,10 +47,15 @@ class Row:
     def cells(self) -> tuple[str, ...]:
         figure = self.figure
         ratios = figure.ratios
-        spread = f"{min(ratios):.3g} to {max(ratios):.3g}" if ratios else ""
+        spread = _middle_half(ratios) if len(ratios) > 1 else ""
         goal = f"{figure.goal} {figure.unit}".rstrip() if figure.goal else f"{figure.better} is better"
         met = {None: "", True: "yes", False: "NO"}[self.met]
         return (self.benchmark, figure.what, figure.against or "", self.value, spread, goal, met)
+
+
+def _middle_half(ratios: Sequence[float]) -> str:
+    first, _, third = statistics.quantiles(ratios, n=4, method="inclusive")
+    return f"{first:.3g} to {third:.3g}"
 
 
 def rows(name: str, extra_info: Mapping[str, Any]) -> list[Row]:
@@ -125,12 +132,16 @@ def _save(figure, directory: Path, title: str) -> str:
     return name
 
 
-def _panels(count: int):
-    """A picture with ``count`` panels side by side that share their axes."""
+def _panels(count: int, **shared):
+    """A picture with ``count`` panels, two in a row, and the panels."""
     from matplotlib.figure import Figure as Picture
 
-    picture = Picture(figsize=(max(6, 4 * count), 4), layout="constrained")
-    return picture, picture.subplots(1, count, sharex=True, sharey=True, squeeze=False)[0]
+    columns, rows = min(count, 2), -(-count // 2)
+    picture = Picture(figsize=(4.5 * columns + 1, 3.5 * rows), layout="constrained")
+    all_axes = picture.subplots(rows, columns, squeeze=False, **shared).flat
+    for unused in all_axes[count:]:
+        unused.remove()
+    return picture, all_axes[:count]
 
 
 class _Colours(dict):
@@ -147,7 +158,7 @@ def draw_lines(points: Sequence[Mapping[str, Any]], x_label: str, y_label: str):
     panels = defaultdict(list)
     for point in points:
         panels[point["series"]].append(point)
-    picture, all_axes = _panels(len(panels))
+    picture, all_axes = _panels(len(panels), sharex=True, sharey=True)
     colours = _Colours()
     for axes, (series, members) in zip(all_axes, panels.items(), strict=True):
         members.sort(key=lambda point: point["x"])
@@ -160,33 +171,44 @@ def draw_lines(points: Sequence[Mapping[str, Any]], x_label: str, y_label: str):
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
         axes.minorticks_off()
     _scale_y(all_axes[0], [value for point in points for value in point["y"].values()])
-    all_axes[0].set_ylabel(y_label)
+    for axes in all_axes[::2]:
+        axes.set_ylabel(y_label)
     return picture
 
 
 def _scale_y(axes, values: Sequence[float]) -> None:
     """Logarithmic if the values are far apart; otherwise from zero on, so that a picture does not exaggerate."""
+    from matplotlib.ticker import EngFormatter
+
     if min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
+    if max(values) >= 10**6:
+        axes.yaxis.set_major_formatter(EngFormatter())
 
 
 def draw_distributions(distributions: Sequence[Mapping[str, Any]], label: str):
     """What part of the values was at most so large: one panel a series, one line a contender."""
-    picture, all_axes = _panels(len(distributions))
+    from matplotlib.ticker import LogLocator
+
+    picture, all_axes = _panels(len(distributions), sharey=True)
     colours = _Colours()
     for axes, distribution in zip(all_axes, distributions, strict=True):
         for contender, values in distribution["values"].items():
             axes.ecdf(values, color=colours[contender], label=contender)
         _dress(axes, distribution["series"], label)
         axes.set_xscale("log")
-    all_axes[0].set_ylabel("part of the values")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+    for axes in all_axes[::2]:
+        axes.set_ylabel("part of the values")
     return picture
 
 
 def _dress(axes, title: str, x_label: str) -> None:
-    axes.set_title(title)
+    axes.set_title("\n".join(wrap(title, 40)))
     axes.set_xlabel(x_label)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -207,7 +229,7 @@ def report(results: Mapping[str, Any], drawn: Mapping[str, Sequence[str]]) -> st
     """The whole of it, in Markdown."""
     parts = [
         "# What the benchmarks found\n",
-        "A ratio is ours / theirs, the median of turns in the same run; `of turns` says how far apart they were.\n",
+        "A ratio is ours / theirs, the median of turns in the same run; half of the turns are in the range beside.\n",
     ]
     questions = defaultdict(list)
     for benchmark in results["benchmarks"]:
