@@ -1139,6 +1139,8 @@ def operate(queue: DeviceQueue, name: str) -> object:
             "drain": lambda: queue.drain(host.fileno()),
             "drain_into": lambda: queue.drain_into(lambda view: len(bytes(view))),
             "discard": queue.discard,
+            "linger": lambda: queue.discard(linger_ns=10**9),
+            "drain and linger": lambda: queue.drain(host.fileno(), linger_ns=10**9),
             "pending": queue.pending,
             "pop": queue.pop,
             "push": lambda: queue.push(b"x"),
@@ -1154,7 +1156,10 @@ def ends_with_lost_memory(queue: DeviceQueue, operation: str) -> None:
     assert not queue.running
 
 
-@pytest.mark.parametrize("operation", ["drain", "drain_into", "discard", "pending", "pop", "push", "fill_from", "fill"])
+@pytest.mark.parametrize(
+    "operation",
+    ["drain", "drain_into", "discard", "pending", "pop", "push", "fill_from", "fill", "linger", "drain and linger"],
+)
 def test_r_ring_82_the_ring_itself_is_gone(truncatable, operation: str) -> None:
     file, memory, driver, queue = truncatable
     driver.add([(12288, 4)])
@@ -1168,7 +1173,9 @@ def test_r_ring_82_the_ring_itself_is_gone(truncatable, operation: str) -> None:
         queue.start(memory, 8, driver.desc, driver.avail, driver.used)
 
 
-@pytest.mark.parametrize("operation", ["drain", "drain_into", "discard", "pop", "push", "fill_from", "fill"])
+@pytest.mark.parametrize(
+    "operation", ["drain", "drain_into", "discard", "pop", "push", "fill_from", "fill", "linger", "drain and linger"]
+)
 def test_r_ring_82_chains_are_not_taken_from_a_table_that_is_gone(truncatable, operation: str) -> None:
     file, memory, driver, queue = truncatable
     queue.start(memory, 8, 12288, driver.avail, driver.used)
@@ -1549,6 +1556,69 @@ def test_r_ring_18_the_driver_asks_for_calls_and_misses_none(pair: Pair) -> None
     complete_one(pair)
     assert not pair.device.notify()
     assert pair.collected() == [0, 0], "and without a call they are there all the same"
+
+
+# -- polling -----------------------------------------------------------------------------------------------------------
+
+
+@layouts
+@pytest.mark.parametrize(("outstanding", "batch"), [(1, 1), (5, 2), (100, 100)])
+@pytest.mark.parametrize("writable", [False, True])
+def test_both_sides_poll(make: MakePair, layout: str, outstanding: int, batch: int, writable: bool) -> None:
+    """No kick and no call: the device returns while it lingers what the driver offers meanwhile."""
+    pair = make(size=8, **LAYOUTS[layout])
+    ended = threading.Event()
+
+    def be_device() -> None:
+        while not ended.is_set():
+            pair.device.discard(linger_ns=1_000_000)
+
+    device = threading.Thread(target=be_device)
+    device.start()
+    try:
+        done = pair.driver.exchange(5000, BUFFERS, 3, writable=writable, outstanding=outstanding, batch=batch)
+    finally:
+        ended.set()
+        device.join()
+    assert (done, pair.device.chains, pair.driver.in_flight, pair.driver.free) == (5000, 5000, 0, 8)
+    assert pair.device.bytes_discarded == (0 if writable else 15000)
+
+
+def test_an_exchange_with_nobody_ends(make: MakePair) -> None:
+    pair = make(size=8)
+    assert pair.driver.exchange(10, BUFFERS, 3, outstanding=4, linger_ns=1000) == 0
+    assert pair.device.pending() == 4
+    with pytest.raises(ValueError, match="in flight"):
+        pair.driver.exchange(1, BUFFERS, 3)
+    assert pair.device.discard(linger_ns=1000) == 12
+    assert pair.collected() == [0] * 4
+    for wrong in ({"outstanding": 0}, {"batch": 0}, {"linger_ns": -1}, {"linger_ns": 10**9 + 1}):
+        with pytest.raises(ValueError, match=r"positive|linger"):
+            pair.driver.exchange(1, BUFFERS, 3, **wrong)
+
+
+def test_r_ring_84_an_exchange_with_a_device_that_returns_nonsense_breaks_the_queue(make: MakePair) -> None:
+    pair = make()
+    pair.memory.write(pair.driver.used + 2, b"\x09\0")
+    with pytest.raises(DeviceError, match="ahead by more"):
+        pair.driver.exchange(1, BUFFERS, 3)
+    assert pair.driver.broken
+
+
+def test_a_drain_lingers_for_what_comes_meanwhile(pair: Pair) -> None:
+    """Its budget ends it, and all of that has been offered while it waited."""
+    if not pair.indirect:  # send() has one table, so one chain at a time
+        driver = threading.Thread(target=lambda: [pair.send(b"abc", at=BUFFERS + 16 * i) for i in range(5)])
+    else:
+        driver = threading.Thread(target=lambda: pair.send(b"abc" * 5))
+    driver.start()
+    assert pair.device.drain(pair.write_fd, budget=15, linger_ns=10**9) is Status.MORE
+    driver.join()
+    assert pair.host_reads() == b"abc" * 5
+    assert pair.device.drain(pair.write_fd, linger_ns=1000) is Status.EMPTY
+    for call in (pair.device.discard, lambda **options: pair.device.drain(1, **options)):
+        with pytest.raises(ValueError, match="linger"):
+            call(linger_ns=10**9 + 1)
 
 
 # -- the source itself -------------------------------------------------------------------------------------------------

@@ -49,6 +49,16 @@ static inline void vs_full_fence(void)
     atomic_thread_fence(memory_order_seq_cst);
 }
 
+/* Between two looks at a word that another processor is about to write. */
+static inline void vs_relax(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 /* Marks pages. Whoever takes the marks sees what was written to these pages before. */
 static inline void vs_mark8(uint8_t *byte, uint8_t bits)
 {

@@ -23,6 +23,14 @@ cdef extern from "<sys/socket.h>" nogil:
         MSG_NOSIGNAL
     ssize_t send(int fd, const void *data, size_t size, int flags)
 
+cdef extern from "<time.h>" nogil:
+    enum:
+        CLOCK_MONOTONIC
+    struct timespec:
+        long tv_sec
+        long tv_nsec
+    int clock_gettime(int clock, timespec *now)
+
 cdef extern from "<unistd.h>" nogil:
     ssize_t write(int fd, const void *data, size_t size)
 
@@ -34,6 +42,7 @@ cdef extern from "_atomics.h" nogil:
     void store32 "vs_store32" (uint8_t *word, uint32_t value)
     void store16_release "vs_store16_release" (uint8_t *word, uint16_t value)
     void full_fence "vs_full_fence" ()
+    void relax "vs_relax" ()
     void mark8 "vs_mark8" (uint8_t *byte, uint8_t bits)
     uint8_t take8 "vs_take8" (uint8_t *byte)
     void note8 "vs_note8" (uint8_t *field, uint8_t value)
@@ -206,6 +215,12 @@ cdef struct Walk:
     uint32_t entries
     bint writable_seen
 
+# Looks at a ring again and again, for a while.
+cdef struct Patience:
+    uint64_t linger             # nanoseconds without anything new
+    uint64_t until              # when it is over; 0: not known yet
+    uint32_t looks
+
 # What a poller does with a running ring, without the interpreter lock.
 cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogil
 cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil
@@ -312,4 +327,5 @@ cdef class DriverQueue:
     cdef int make_tables(self) except -1
     cdef object write_table(self, list elements, object table)
     cdef bint take(self, UsedElem *e) except -1
+    cdef int break_down(self, int code, UsedElem *e) except -1
     cdef int check_whole(self) except -1

@@ -193,22 +193,24 @@ class DeviceQueue:
         """Forgets the half-consumed chain's offset (device reset, R-CON-38)."""
     def pending(self) -> int:
         """How many chains are offered and not completed; 0 if not running. Raises GuestError (R-RING-70)."""
-    def drain(self, fd: int, *, log_fd: int = -1, budget: int = ...) -> Status:
+    def drain(self, fd: int, *, log_fd: int = -1, budget: int = ..., linger_ns: int = 0) -> Status:
         """Writes device-readable bytes to ``fd`` with writev(), straight from guest memory, without the GIL.
 
         Completes the chains written out with length 0 (R-RING-11), remembers a half-written one. What was written to
         ``fd`` is also written to ``log_fd``, whose errors are ignored. At most ``budget`` bytes. ``fd`` is written to
-        until it says EAGAIN, so it has to be non-blocking. Raises OSError if it fails otherwise (what was written
-        before is accounted for), GuestError, FrontEndError (R-RING-82).
+        until it says EAGAIN, so it has to be non-blocking. With ``linger_ns`` it is EMPTY only when nothing has come
+        for so many nanoseconds, at most 10**9: no kick is needed meanwhile, and a processor is busy. Raises
+        OSError if it fails otherwise (what was written before is accounted for), GuestError, FrontEndError (R-RING-82).
         """
     def drain_into(self, sink: Callable[[memoryview], int], *, budget: int = ...) -> Status:
         """Offers device-readable bytes, piece by piece, to ``sink``, which returns how many it took (0: blocked).
 
         The memoryviews are read-only and on guest memory: they hold the mapping. An exception of ``sink`` passes.
         """
-    def discard(self) -> int:
+    def discard(self, *, linger_ns: int = 0) -> int:
         """Returns the chains offered by the driver with length 0, and says how many readable bytes were dropped.
 
+        With ``linger_ns`` it looks for more as drain() does.
         A driver that makes this long work on purpose is served in several calls: pending() tells (R-RING-80).
         """
     def return_partial(self) -> int:
@@ -306,6 +308,23 @@ class DriverQueue:
         """The next used chain as (head, bytes written), or None."""
     def all_used(self) -> bool:
         """Whether the device has given back everything that was published; nothing is collected by asking."""
+    def exchange(
+        self,
+        count: int,
+        gpa: int,
+        length: int,
+        *,
+        writable: bool = False,
+        outstanding: int = ...,
+        batch: int = 1,
+        linger_ns: int = ...,
+    ) -> int:
+        """Offers the same buffer ``count`` times, at most ``outstanding`` at a time, and takes it back, by polling.
+
+        For benchmarks and tests of a device that polls, too: nobody is kicked, and the GIL is free. Every ``batch``
+        chains are published together. Ends early if nothing comes back for ``linger_ns`` nanoseconds (by default a
+        second); says how many came back. No other chain may be in flight: ValueError. Raises DeviceError.
+        """
     def calls_off(self) -> None: ...
     def calls_on(self) -> bool:
         """Asks for an interrupt at the next used chain; True if there is one already."""

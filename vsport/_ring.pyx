@@ -52,6 +52,8 @@ cdef enum:
     WALK_LIMIT = 1 << 18
     # So that no sum of lengths leaves 32 bits, in used.len as in readv().
     BUDGET_MAX = 1 << 30
+    # Longer nobody polls: a call that lingers is deaf for signals meanwhile.
+    LINGER_MAX = 1000000000
     PAGE = 4096
     # Where the words of a used ring are.
     USED_FLAGS = 0

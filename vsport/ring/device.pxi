@@ -289,16 +289,18 @@ cdef class DeviceQueue:
         finally:
             self.busy = False
 
-    def drain(self, fd: int, *, log_fd: int = -1, budget: int = BUDGET) -> Status:
+    def drain(self, fd: int, *, log_fd: int = -1, budget: int = BUDGET, linger_ns: int = 0) -> Status:
         """Writes device-readable bytes to ``fd`` with writev(), straight from guest memory, without the GIL."""
         cdef int out = fd, log = log_fd, code
         cdef uint64_t left = _checked_budget(budget)
+        cdef Patience patience
+        take_heart(&patience, _checked_linger(linger_ns))
         if not self.enter():
             return Status.STOPPED
         try:
             while True:
                 with nogil:
-                    code = ring_drain(&self.r, out, log, &left)
+                    code = drain_patiently(&self.r, out, log, &left, &patience)
                 if code != INTERRUPTED:
                     return self.status(code)
                 PyErr_CheckSignals()
@@ -352,14 +354,14 @@ cdef class DeviceQueue:
                 view = view[took:]
         return 0
 
-    def discard(self) -> int:
+    def discard(self, *, linger_ns: int = 0) -> int:
         """Returns the chains offered by the driver with length 0, and says how many readable bytes were dropped."""
-        cdef uint64_t dropped
+        cdef uint64_t dropped, linger = _checked_linger(linger_ns)
         if not self.enter():
             return 0
         try:
             with nogil:
-                dropped = ring_discard(&self.r)
+                dropped = ring_discard(&self.r, linger)
             self.check()
             return dropped
         finally:
@@ -470,6 +472,12 @@ cdef class DeviceQueue:
         """Interrupts the driver if it wants that for the chains completed since the last time (R-RING-20 to 23)."""
         self.idle()
         return self.r.used != NULL and ring_notify(&self.r)
+
+
+cdef uint64_t _checked_linger(object linger_ns) except? 0:
+    if not 0 <= linger_ns <= LINGER_MAX:
+        raise ValueError(f"to linger is for 0 to {LINGER_MAX} nanoseconds, not {linger_ns}")
+    return linger_ns
 
 
 cdef uint64_t _checked_budget(object budget) except 0:

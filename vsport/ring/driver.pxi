@@ -58,21 +58,28 @@ cdef uint16_t put_chain(DriverRing *d, Desc *elements, int count, uint64_t capac
     return head
 
 
-cdef bint publish_chains(DriverRing *d) noexcept nogil:
-    """Shows the device what was added; whether it wants a kick for that (R-RING-16, R-RING-43)."""
-    cdef uint32_t added = d.added, slots = d.added_slots
-    if added == 0:
-        return False
-    d.added = d.added_slots = 0
-    d.avail_seq = (d.avail_seq + added) % d.size
+cdef inline void show_chains(DriverRing *d) noexcept nogil:
+    """Shows the device what was added, at least one chain (R-RING-16, R-RING-43)."""
+    if d.in_order:
+        d.avail_seq = <uint16_t>((d.avail_seq + d.added) % d.size)
     if d.packed:
         store16_release(d.desc + sizeof(Desc) * <size_t>(d.avail_idx & ~WRAP) + PACKED_FLAGS, d.first_flags)
         d.avail_idx = d.next_slot
-        full_fence()
-        return wished(load32(d.used), d.event_idx, d.avail_idx, slots, d.size)
-    d.avail_idx += added
-    store16_release(d.avail + 2, d.avail_idx)
+    else:
+        d.avail_idx += d.added
+        store16_release(d.avail + 2, d.avail_idx)
+    d.added = d.added_slots = 0
+
+
+cdef bint publish_chains(DriverRing *d) noexcept nogil:
+    """Shows them; whether the device wants a kick for that."""
+    cdef uint32_t added = d.added, slots = d.added_slots
+    if added == 0:
+        return False
+    show_chains(d)
     full_fence()
+    if d.packed:
+        return wished(load32(d.used), d.event_idx, d.avail_idx, slots, d.size)
     if d.event_idx:
         return passed(load16(d.used + USED_RING + sizeof(UsedElem) * <size_t>d.size), d.avail_idx, added)
     return not load16(d.used) & NO_NOTIFICATION
@@ -161,8 +168,39 @@ cdef int take_used(DriverRing *d, UsedElem *e) noexcept nogil:
     if d.in_order:
         e.id = d.order[d.used_seq % d.size]
         e.len = <uint32_t>min(d.slots[e.id].capacity, <uint64_t>UINT32_MAX) if d.covered else d.covered_len
-    d.used_seq = (d.used_seq + 1) % d.size
+        d.used_seq = 0 if <uint32_t>d.used_seq + 1 == d.size else d.used_seq + 1
     release_chain(d, <uint16_t>e.id)
+    return TAKEN
+
+
+cdef int exchange_chains(
+    DriverRing *d, Desc *element, uint64_t count, uint32_t outstanding, uint32_t batch, uint64_t linger, uint64_t *done,
+    UsedElem *e,
+) noexcept nogil:
+    """Offers the element and takes it back, ``count`` times or until nothing comes; like ringtest's guest."""
+    cdef Patience patience
+    cdef uint64_t capacity = element.len if element.flags & DESC_WRITE else 0, offered = 0
+    cdef int code
+    take_heart(&patience, linger)
+    while done[0] < count:
+        while offered < count and offered - done[0] < outstanding and d.free:
+            put_chain(d, element, 1, capacity)
+            offered += 1
+            if d.added == batch:
+                show_chains(d)
+        if d.added:
+            show_chains(d)
+        code = take_used(d, e)
+        if code == NOTHING_USED and keeps_looking(&patience):
+            continue
+        if code != TAKEN:
+            return code
+        take_heart(&patience, linger)
+        while code == TAKEN:
+            done[0] += 1
+            code = take_used(d, e)
+        if code < 0:
+            return code
     return TAKEN
 
 
@@ -363,10 +401,14 @@ cdef class DriverQueue:
         return e.id, e.len
 
     cdef bint take(self, UsedElem *e) except -1:
-        """take_used(), and its faults as exceptions (R-RING-84)."""
+        """take_used(), which may fail."""
         cdef int code = take_used(&self.d, e)
-        if code >= 0:
-            return code
+        if code < 0:
+            self.break_down(code, e)
+        return code
+
+    cdef int break_down(self, int code, UsedElem *e) except -1:
+        """What the device did wrong, as an exception (R-RING-84)."""
         self.broken = True
         if code == USED_AHEAD:
             what, values = "used.idx is ahead by more than the queue's size", {"count": e.id, "size": self.size}
@@ -399,6 +441,34 @@ cdef class DriverQueue:
             d.in_flight -= d.covered
             d.covered = 0
         return True
+
+    def exchange(
+        self,
+        count: int,
+        gpa: int,
+        length: int,
+        *,
+        writable: bool = False,
+        outstanding: int = QUEUE_SIZE_MAX,
+        batch: int = 1,
+        linger_ns: int = LINGER_MAX,
+    ) -> int:
+        """Offers the same buffer ``count`` times and takes it back, by polling; says how many came back."""
+        cdef Desc element = _descriptor((gpa, length, DESC_WRITE if writable else 0))
+        cdef uint64_t wanted = count, done = 0, linger = _checked_linger(linger_ns)
+        cdef uint32_t most = outstanding, together = batch
+        cdef UsedElem e
+        cdef int code
+        self.check_whole()
+        if self.d.in_flight:
+            raise ValueError("chains are in flight: collect them before an exchange")
+        if most == 0 or together == 0:
+            raise ValueError("outstanding and batch have to be positive")
+        with nogil:
+            code = exchange_chains(&self.d, &element, wanted, most, together, linger, &done, &e)
+        if code < 0:
+            self.break_down(code, &e)
+        return done
 
     def calls_off(self) -> None:
         """Tells the device that interrupts are not needed; a hint, no more (R-RING-24)."""

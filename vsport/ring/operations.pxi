@@ -9,6 +9,53 @@ cdef bint ring_lost(Ring *r) noexcept nogil:
     return r.flight != NULL and flag_get(r.flight_lost) != 0
 
 
+cdef enum:
+    # Looks in a row without a pause, and between two looks at the clock.
+    LOOKS_AT_ONCE = 256
+    LOOKS_A_TIME = 64
+
+
+cdef uint64_t now_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1000000000 + <uint64_t>now.tv_nsec
+
+
+cdef inline void take_heart(Patience *p, uint64_t linger) noexcept nogil:
+    """There was something: from now on it may be quiet for so many nanoseconds."""
+    p.linger = linger
+    p.until = 0
+    p.looks = 0
+
+
+cdef bint keeps_looking(Patience *p) noexcept nogil:
+    """Whether another look is due; a clock costs more than a look, so it is read for many of them."""
+    cdef uint64_t now
+    if p.linger == 0:
+        return False
+    p.looks += 1
+    if p.looks > LOOKS_AT_ONCE:
+        relax()
+    if p.looks % LOOKS_A_TIME:
+        return True
+    now = now_ns()
+    if p.until == 0:
+        p.until = now + p.linger
+    return now < p.until
+
+
+cdef bint chain_comes(Ring *r, Batch *b, Patience *p) noexcept nogil:
+    """After nothing was gathered: waits for a chain, as long as there is patience. Each one costs a part of a turn."""
+    if p.linger == 0 or r.fault.code or flag_get(&r.mem.lost) or b.walked > WALK_LIMIT:
+        return False
+    while not has_chain(r):
+        if not keeps_looking(p):
+            return False
+    take_heart(p, p.linger)
+    b.walked += 1
+    return True
+
+
 cdef int nothing_left(Ring *r) noexcept nogil:
     return FAULTY if r.fault.code else EMPTY
 
@@ -65,6 +112,12 @@ cdef void write_log(int fd, Batch *b, uint64_t size) noexcept nogil:
 
 
 cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogil:
+    cdef Patience patience
+    take_heart(&patience, 0)
+    return drain_patiently(r, fd, log_fd, budget, &patience)
+
+
+cdef int drain_patiently(Ring *r, int fd, int log_fd, uint64_t *budget, Patience *patience) noexcept nogil:
     cdef Batch b
     cdef ssize_t n
     cdef uint64_t moved
@@ -72,7 +125,9 @@ cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogi
     while True:
         begin(r, &b)
         if not gather(r, &b, False, budget[0], budget[0], BATCH_CHAINS):
-            return nothing_left(r)
+            if not chain_comes(r, &b, patience):
+                return nothing_left(r)
+            continue
         n = writev(fd, b.piece, b.pieces) if b.bytes else 0
         moved = n if n > 0 else 0
         if moved and log_fd >= 0:
@@ -169,14 +224,18 @@ cdef uint64_t return_unread(Ring *r, Batch *b) noexcept nogil:
     return dropped
 
 
-cdef uint64_t ring_discard(Ring *r) noexcept nogil:
+cdef uint64_t ring_discard(Ring *r, uint64_t linger) noexcept nogil:
     cdef Batch b
+    cdef Patience patience
     cdef uint64_t dropped = 0
     b.walked = 0
+    take_heart(&patience, linger)
     while b.walked <= WALK_LIMIT:
         begin(r, &b)
         if not gather(r, &b, False, UINT64_MAX, 0, BATCH_CHAINS):
-            break
+            if not chain_comes(r, &b, &patience):
+                break
+            continue
         dropped += return_unread(r, &b)
         if r.fault.code:
             break
