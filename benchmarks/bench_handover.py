@@ -1,7 +1,6 @@
 """How long does a device stand still when another process takes over? Floor: its descriptors sent to a process."""
 
 import contextlib
-import math
 import os
 import re
 import socket
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributions import tell
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from daemons import PATIENCE, Conversation, Machine, connect, daemon, descriptors, running, wait_for
@@ -85,11 +85,6 @@ def sending(count):
         yield send
 
 
-def percentile(values, part):
-    """The smallest of the values that a ``part`` of them (0.99 of them) do not exceed."""
-    return sorted(values)[math.ceil(part * len(values)) - 1]
-
-
 @pytest.mark.timeout(60 + 3 * HANDOVERS)
 def test_handover(benchmark, tmp_path):
     """The time of a round is that of a whole handover, with the start of its process; the pauses are in extra_info."""
@@ -107,11 +102,8 @@ def test_handover(benchmark, tmp_path):
         served.talk.check()
     pauses = served.pauses
     ratios = [pause / floor for pause, floor in zip(pauses, floors, strict=True)]
+    tell(benchmark.extra_info, "pause", pauses)
     benchmark.extra_info |= {
-        "handovers": len(pauses),
-        "pause, median (ms)": round(statistics.median(pauses), 2),
-        "pause, p99 (ms)": round(percentile(pauses, 0.99), 2),
-        "pause, max (ms)": round(max(pauses), 2),
         f"floor, {count} descriptors sent, median (ms)": round(statistics.median(floors), 3),
         "pause as a multiple of the floor": round(statistics.median(ratios), 1),
     }

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from distributions import tell
 from kernels import ECHO, PATIENCE, Succession, lab_tree
 
 from vsport.lab import Guest, Tree
@@ -232,18 +233,6 @@ class Travels(contextlib.ExitStack):
         with contextlib.suppress(BlockingIOError):
             return host.recv(1) == b"!"
         return False
-
-
-def percentile(values, part):
-    """The smallest of the values that a ``part`` of them (0.99 of them) do not exceed."""
-    return sorted(values)[int(part * (len(values) - 1) + 0.999999)]
-
-
-def tell(info, what, values):
-    """A distribution, in milliseconds."""
-    info[f"{what}, {len(values)} times: median (ms)"] = round(statistics.median(values), 2)
-    info[f"{what}: p99 (ms)"] = round(percentile(values, 0.99), 2)
-    info[f"{what}: max (ms)"] = round(max(values), 2)
 
 
 @pytest.fixture

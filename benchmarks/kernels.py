@@ -27,13 +27,13 @@ for fd in ports:
 print("open", flush=True)
 while True:
     for fd, ready in poll.poll():
-        if ready & select.POLLIN and not ports[fd]:
-            ports[fd] = os.read(fd, 65536)
-        if ports[fd]:
-            try:
+        try:
+            if ready & select.POLLIN and not ports[fd]:
+                ports[fd] = os.read(fd, 65536)
+            if ports[fd]:
                 ports[fd] = ports[fd][os.write(fd, ports[fd]):]
-            except BlockingIOError:
-                pass
+        except BlockingIOError:
+            pass
         poll.modify(fd, select.POLLOUT if ports[fd] else select.POLLIN)
 """
 """A guest's program: what it reads from a port goes back to that port."""
@@ -133,7 +133,6 @@ class Succession(contextlib.ExitStack):
         self.directory = Path(directory)
         self.names = [f"org.test.{number}" for number in range(1, ports + 1)]
         self.what = hosts
-        self.hosts = None
         self.pauses = []
         """In milliseconds, as each process says."""
         self.answered = []
@@ -158,19 +157,17 @@ class Succession(contextlib.ExitStack):
         guest = stack.enter_context(Guest(self.kind, tree=tree, socket_path=vm, ports=self.names))
         program = stack.enter_context(guest.popen(["python3", "-c", ECHO, *self.names]))
         assert program.stdout.readline() == b"open\n", program.stderr.read()
-        if self.what != "quiet":
-            paths = [self.directory / str(number) for number in range(1, len(self.names) + 1)]
-            self.hosts = Hosts(paths, flood=self.what == "flood")
-            self.hosts.start()
-            stack.callback(self.hosts.close)
-            self._wait(lambda: self.hosts.received > 100, "the guest answers")
-            self.hosts.silent = True
+        paths = [self.directory / str(number) for number in range(1, len(self.names) + 1)]
+        self.hosts = Hosts(paths, flood=self.what == "flood")
+        stack.callback(self.hosts.close)
+        self.hosts.start()
+        self._wait(lambda: self.hosts.received > 100, "the guest answers")
+        self.hosts.silent = True
 
     def hand_over(self):
         """The next process has the device when this returns, and the one before has ended."""
         log = self.directory / f"log{next(self._numbers)}"
-        if self.hosts is not None:
-            self.hosts.silent = False
+        self.hosts.silent = self.what == "quiet"
         arguments = ["--takeover", self.offer, "--handover", self.offer, "--log-level", "info"]
         before, self.process = self.process, self._start(arguments, log)
         self._wait(lambda: before.poll() is not None, "the process before ends")
@@ -178,7 +175,7 @@ class Succession(contextlib.ExitStack):
         self._wait(lambda: _SAYS.search(log.read_text()), "the new process says that it has taken over")
         resumed, paused = _SAYS.search(log.read_text()).groups()
         self.pauses.append(float(paused))
-        if self.hosts is not None:
+        if not self.hosts.silent:
             self._wait(lambda: self.hosts.answers[-1] > int(resumed), "the guest answers")
             first = next(at for at in self.hosts.answers if at > int(resumed))
             self.answered.append((first - int(resumed)) / 1e6)

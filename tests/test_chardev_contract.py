@@ -80,6 +80,20 @@ def test_connects_and_disconnects_in_turns(rig: Rig) -> None:
 
 
 @where(lambda host: host.leaves)
+def test_with_each_session_it_is_another_edition(rig: Rig) -> None:
+    """Who was given its descriptors has to know whether they are still those: numbers come again."""
+    rig.open()
+    editions = []
+    for _ in range(3 if rig.host.returns else 1):
+        rig.connect()
+        editions.append(rig.wire.chardev.edition)
+        rig.leave()
+        rig.wire.settle()
+        editions.append(rig.wire.chardev.edition)
+    assert editions == sorted(set(editions))
+
+
+@where(lambda host: host.leaves)
 def test_notices_that_the_peer_left_though_nobody_reads(rig: Rig) -> None:
     rig.wire.reads = False
     rig.start()

@@ -1,6 +1,7 @@
 """A live device goes from process to process: guest and hosts notice a pause, and a taker that fails costs nothing."""
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -87,8 +88,13 @@ def taker(path, moment, number):
 def stopped(path, moment):
     """A process that stands still in the middle of its takeover, until it gets SIGCONT."""
     with taker(path, moment, signal.SIGSTOP) as process:
-        wait_for(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T", moment)
+        wait_for(lambda: state(process) == "T", moment)
         yield process
+
+
+def state(process):
+    """What the system says that a process does: "T" if it has been stopped."""
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def why(process):
@@ -390,6 +396,69 @@ def test_what_a_chardev_holds_itself_comes_along():
         rest.end()
         before.release()
         assert after.host.chardevs["c0"].read(100) == b"not read yet"
+
+
+# -- drafts --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [1, handover.DRAFTS - 1, handover.DRAFTS])
+def test_a_draft_that_is_out_of_date_is_made_anew(setting, changes):
+    """After the last one the device is suspended anyway: a taker is not kept waiting by a device that changes."""
+    with stopped(setting.offer, "drafted") as successor:
+        made = 0
+        while state(successor) == "T":
+            if made < changes:
+                made += 1
+                setting.host.close()
+                setting.machine.until(lambda: not setting.port.host_connected)
+                setting.host = setting.enter_context(connect(setting.chardev))
+                setting.machine.until(lambda: setting.port.host_connected)
+                setting.host.sendall(b"%d" % made)
+                setting.machine.until(lambda made=made: setting.read() == b"%d" % made)
+            successor.send_signal(signal.SIGCONT)
+            setting.machine.until(lambda: state(successor) == "T" or setting.daemon.poll() is not None)
+        assert setting.daemon.wait(PATIENCE) == 0
+        assert made == changes
+        setting.port.write(b"to the last host")
+        setting.host.settimeout(PATIENCE)
+        assert setting.host.recv(100) == b"to the last host"
+        assert setting.port.host_history == [True, *[False, True] * made]
+
+
+def test_the_device_runs_until_the_taker_has_made_what_a_draft_describes(setting):
+    with stopped(setting.offer, "drafted") as successor:
+        setting.talk.flow()
+        successor.send_signal(signal.SIGCONT)
+        setting.is_taken_by(successor)
+        setting.goes_on()
+        setting.ends()
+
+
+def test_a_device_whose_ports_are_others_is_refused_before_it_is_paused(setting):
+    """The taker was told the same options, and has made something else of them."""
+    other = """
+import sys
+from vsport import cli, serve
+parse = serve.parse_configuration
+def parse_more(chardevs, devices):
+    return parse([*chardevs, "null,id=n"], [*devices, "virtconsole,chardev=n"])
+serve.parse_configuration = parse_more
+sys.exit(cli.main(["serve", "--takeover", sys.argv[1]]))
+"""
+    with running([sys.executable, "-c", other, str(setting.offer)]) as process:
+        assert process.wait(PATIENCE) == 1
+        said = process.stderr.read().decode()
+    assert said.startswith("vsport serve: cannot take over from /")
+    setting.goes_on()
+    setting.ends()
+
+
+def test_collecting_garbage_waits_for_the_end_of_the_pause():
+    assert gc.isenabled()
+    with pytest.raises(HostError), handover._undisturbed():
+        assert not gc.isenabled()
+        raise HostError("it went wrong")
+    assert gc.isenabled()
 
 
 # -- the taker fails -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 
 from vsport._poll import Flow, Poller
 from vsport._ring import DeviceQueue, DriverQueue, Memory, Region, Status
-from vsport.errors import GuestError
+from vsport.errors import FrontEndError, GuestError
 
 PATIENCE = 10.0
 SIZE = 64
@@ -545,3 +545,20 @@ def test_what_is_no_descriptor_is_refused(drain: Rig, what: str) -> None:
         drain.poller.watch(-1, READ) if what == "watch" else drain.flow.start(-1)
     with pytest.raises(OSError, match="Bad file descriptor"):
         drain.poller.watch(9999, READ)
+
+
+def test_memory_that_is_truncated_is_news(tmp_path: Any) -> None:
+    """R-RING-82."""
+    with open(tmp_path / "ram", "w+b") as file, Rig() as rig:
+        file.truncate(16 << 20)
+        rig.memory = Memory([Region(0, 16 << 20, 0, mmap.mmap(file.fileno(), 16 << 20), 0)])
+        rig.driver = DriverQueue(rig.memory, 0, SIZE, event_idx=True)
+        rig.start_queue()
+        rig.start()
+        rig.send(b"before")
+        assert rig.poller.poll(0) == ([], [])
+        rig.send(b"after")
+        file.truncate(1 << 16)
+        assert rig.poller.poll(0) == ([], [rig.flow])
+        with pytest.raises(FrontEndError, match="guest memory was truncated"):
+            rig.flow.result()

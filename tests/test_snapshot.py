@@ -3,6 +3,7 @@
 import random
 import struct
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 from fuzz_snapshot import snapshot_case
@@ -28,6 +29,37 @@ def test_a_snapshot_survives_its_document():
 def test_every_snapshot_survives_its_document(snapshot):
     """R-MIG-23: half-consumed chains, waiting messages, all three bits."""
     assert Snapshot.decode(snapshot.encode()) == snapshot
+
+
+@given(snapshots, st.randoms(use_true_random=False))
+def test_what_has_moved_is_told_by_positions_alone(snapshot, rng):
+    queues = tuple(
+        replace(queue, next_avail=rng.randrange(1 << 16), offset=rng.randrange(1 << 20)) for queue in snapshot.queues
+    )
+    moved = replace(snapshot, queues=queues)
+    assert snapshot.move(moved.moved_since(snapshot)) == moved
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(EXAMPLE, cols=EXAMPLE.cols + 1),
+        replace(EXAMPLE, ports=EXAMPLE.ports[1:]),
+        replace(EXAMPLE, waiting=()),
+        replace(EXAMPLE, queues=EXAMPLE.queues[1:]),
+        replace(EXAMPLE, queues=tuple(replace(queue, size=queue.size * 2) for queue in EXAMPLE.queues)),
+    ],
+)
+def test_what_is_different_otherwise_is_told_as_a_whole(other):
+    assert other != EXAMPLE
+    assert other.moved_since(EXAMPLE) is None
+
+
+def test_positions_that_cannot_be_are_refused():
+    positions = EXAMPLE.moved_since(EXAMPLE)
+    for bad in (positions[:-1], positions + b"\0", b"", b"\xff" * len(positions)):
+        with pytest.raises(DocumentError):
+            EXAMPLE.move(bad)
 
 
 def test_truncated_at_every_byte_it_is_refused():

@@ -908,6 +908,88 @@ def test_descriptors_of_the_wrong_kind_are_refused_or_harmless(world, running):
     running.front_end.until(lambda: world.host.received == b"still there")
 
 
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ([7], "did not run"),
+        ([0, 1, 2, 3, 4, 5, 6, 7, 8], "more than"),
+        ([1 << 70], "did not run"),
+        ([-1], "did not run"),
+        ([True], "the number of a queue"),
+        ([[]], "the number of a queue"),
+        (5, "not list"),
+    ],
+)
+def test_rings_that_did_not_run_do_not_run_afterwards(world, running, held, says):
+    document, delivery = world.give()
+    rest = world.side.server.give_rest()
+    world.take(document, delivery)
+    rest["rings"][0]["held"] = held
+    with pytest.raises(DocumentError, match=says):
+        world.sides[1].server.take_rest(Fields("state", rest))
+    world.sides[1].server.release()
+    world.side.server.resume()
+    running.offer(running.PORT_TX, b"still there")
+    running.front_end.until(lambda: world.host.received == b"still there")
+
+
+def test_rings_without_a_front_end_are_refused(world):
+    document, delivery = world.give()
+    world.take(document, delivery)
+    with pytest.raises(DocumentError, match="no front end"):
+        world.sides[1].server.take_rest(Fields("state", {"rings": [{"held": []}]}))
+    world.sides[1].server.release()
+    world.side.server.resume()
+
+
+def said(server):
+    """What give() says that has to be the same as long as the edition is: where running rings stand is not."""
+    document = json.loads(json.dumps(server.give(Parcel())))
+    for front_end in document["front_end"]:
+        for ring in front_end["session"]["vrings"]:
+            del ring["base"], ring["held"]
+    return document
+
+
+def test_another_description_is_another_edition(world, running):
+    """Whatever the front end does, and whatever is only half said."""
+    server, front_end, rng = world.side.server, running.front_end, random.Random(4)
+    front_end.open_channel()
+    log = PageLog(running.memory.end)
+    seen = {}
+
+    def half_a_message():
+        data = encode_request(Request.GET_FEATURES)
+        front_end.send(data[:5])
+        look()
+        front_end.send(data[5:])
+        front_end.reply(Request.GET_FEATURES)
+
+    def look():
+        for _ in range(3):
+            world.step()
+        assert seen.setdefault(server.edition, said(server)) == said(server)
+
+    acts = [
+        front_end.barrier,
+        lambda: front_end.set_fd(Request.SET_VRING_CALL, 2, front_end.rings[2].call_fd),
+        lambda: front_end.set_fd(Request.SET_VRING_ERR, 2, front_end.rings[2].err_fd),
+        lambda: front_end.enable(4, rng.random() < 0.5),
+        lambda: front_end.start_logging(log),
+        front_end.stop_logging,
+        lambda: world.device.on_config_change(),
+        front_end.take_request,
+        lambda: running.offer(running.PORT_TX, b"bytes"),
+        lambda: (front_end.pause(), front_end.resume()),
+        half_a_message,
+    ]
+    for _ in range(200):
+        rng.choice(acts)()
+        look()
+    log.close()
+    assert len(seen) > 50
+
+
 def test_memory_that_was_cut_short_meanwhile_is_refused(world, running):
     """R-VU-62: and the giver, which has it mapped, finds out by itself."""
     document, delivery = world.give()

@@ -16,7 +16,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.mem cimport PyMem_Calloc, PyMem_Free, PyMem_Realloc
 from cpython.ref cimport PyObject
 from libc.errno cimport EINTR, EAGAIN, EPERM, errno
-from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 import math
@@ -37,12 +37,13 @@ from vsport._ring cimport (
     DeviceQueue,
     Ring,
     ask_for_no_kick,
-    flag_get,
     has_chain,
     ring_drain,
+    ring_fetched,
     ring_fill,
     ring_kicks_ahead,
     ring_kicks_on,
+    ring_lost,
     ring_notify,
     ring_unread,
 )
@@ -136,6 +137,7 @@ cdef struct Work:
     bint tells_blocked          # that the descriptor takes no more is for Python
     bint held                   # the guest has enough to read: the descriptor is not looked at
     bint owes_call              # the driver has not been asked whether it wants to be interrupted
+    uint16_t owed_until         # the used index when that was put off
     int64_t due                 # when to look again; 0: no need
     bint lingers
     bint in_backlog
@@ -235,7 +237,7 @@ cdef void take_turn(Work *w, bint lingers) noexcept nogil:
 
 cdef bint is_news(Work *w) noexcept nogil:
     """Whether Python has to hear of the turn: of its outcome, or because it alone can interrupt the guest."""
-    if flag_get(&w.ring.mem.lost):
+    if ring_lost(w.ring):
         return True
     if w.ring.call_fd < 0 and w.ring.unsignalled:
         return True
@@ -249,9 +251,14 @@ cdef inline void call(Wait *p, Work *w, bint lazily) noexcept nogil:
     if not lazily or w.fills or 2 * w.ring.unsignalled >= w.ring.size:
         w.owes_call = False
         ring_notify(w.ring)
-    elif w.ring.unsignalled:
-        w.owes_call = True
-        look_again(p, w, CALL_DELAY)
+    elif w.ring.unsignalled and not w.owes_call:
+        put_off_call(p, w)
+
+
+cdef inline void put_off_call(Wait *p, Work *w) noexcept nogil:
+    w.owes_call = True
+    w.owed_until = w.ring.used_idx
+    look_again(p, w, CALL_DELAY)
 
 
 cdef void look_again(Wait *p, Work *w, int64_t delay) noexcept nogil:
@@ -340,7 +347,9 @@ cdef void is_due(Wait *p, Work *w) noexcept nogil:
     """The driver is called, or the descriptor or the ring looked at, after all."""
     if not w.ring.running or w.run != w.ring.starts:
         return
-    if w.owes_call:
+    if w.owes_call and ring_fetched(w.ring, w.owed_until) and w.owed_until != w.ring.used_idx:
+        put_off_call(p, w)      # it is for younger chains only
+    elif w.owes_call:
         w.owes_call = False
         ring_notify(w.ring)
     if w.held or (w.fills and w.waiting and ring_kicks_on(w.ring)):

@@ -146,6 +146,7 @@ cdef struct Ring:
     uint64_t used_gpa           # of the used ring, as the log has it
     uint64_t desc_gpa           # of the descriptors: the device writes to a packed ring's
     FlightTable *flight         # NULL: nobody keeps what is in flight
+    int *flight_lost            # of the memory that it is in
     int begun                   # chains from next_avail on that are marked as in flight
     uint64_t counter            # of the next one
     uint16_t *done              # completed and not yet shown: only if there is a flight table
@@ -208,10 +209,12 @@ cdef struct Walk:
 # What a poller does with a running ring, without the interpreter lock.
 cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogil
 cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil
+cdef bint ring_lost(Ring *r) noexcept nogil
 cdef bint ring_notify(Ring *r) noexcept nogil
 cdef bint ring_kicks_on(Ring *r) noexcept nogil
 cdef bint ring_kicks_ahead(Ring *r) noexcept nogil
 cdef uint32_t ring_unread(Ring *r) noexcept nogil
+cdef bint ring_fetched(Ring *r, uint16_t place) noexcept nogil
 cdef void ask_for_no_kick(Ring *r) noexcept nogil
 cdef bint has_chain(Ring *r) noexcept nogil
 

@@ -175,6 +175,13 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         help="take it over from the process that offers it at PATH, and go on in its place; needs none of the above",
     )
     serve.add_argument(
+        "--poll-max-ns",
+        type=int,
+        metavar="N",
+        help="after traffic look for more for up to N nanoseconds instead of sleeping, while that pays; 0: never; "
+        "default: 100000, or 0 on one processor",
+    )
+    serve.add_argument(
         "--log-level",
         choices=["error", "warning", "info", "debug"],
         default="warning",

@@ -48,7 +48,7 @@ from vsport.parcel import Delivery, Parcel
 from vsport.snapshot import Snapshot
 from vsport.vhost_user.server import Server
 
-__all__ = ["STEP_SECONDS", "VERSION", "Cargo", "Offer", "Takeover"]
+__all__ = ["DRAFTS", "STEP_SECONDS", "VERSION", "Cargo", "Offer", "Takeover"]
 
 log = logging.getLogger("vsport.handover")
 
@@ -65,7 +65,7 @@ _MAGIC = b"vsHO"
 _CREDENTIALS = struct.Struct("3i")
 _FDS_AT_ONCE = 253
 """The kernel's limit for one message (SCM_MAX_FD)."""
-_DRAFTS = 3
+DRAFTS = 3
 """How many drafts there are at most before the device is suspended: one that changes faster never ends."""
 _TEXTS_MAX = 1000
 _WHY_MAX = 500
@@ -518,7 +518,7 @@ class _Dialogue:
     def _arranged(self, fields: Fields) -> None:
         """The taker has made what the draft describes: if that is still the device, it stands still now."""
         fields.end()
-        if self._edition != self._offer.cargo.edition and self._drafts < _DRAFTS:
+        if self._edition != self._offer.cargo.edition and self._drafts < DRAFTS:
             self._draft()
         else:
             self._unwatch()

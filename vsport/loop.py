@@ -47,11 +47,13 @@ class Timer:
 class Loop:
     """Waits for what was asked for and calls back, all in the thread that calls run().
 
+    After a wait of less than ``poll_max_ns`` nanoseconds the next one looks for so long before it sleeps (0: never).
     An exception of a callback ends the round and passes through run(); nothing that is due gets lost by it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, poll_max_ns: int = 0) -> None:
         self._poller = Poller()
+        self._poller.spin_max = poll_max_ns
         self._watched: dict[int, tuple[Callable[[int], None]]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sweep_at = _FEW_TIMERS

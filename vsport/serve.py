@@ -27,6 +27,7 @@ from vsport.loop import Loop
 from vsport.option_table import Option, help_lines
 from vsport.options import DEVICES
 from vsport.template import PLACEHOLDER, Plan, plans
+from vsport.turns import ask_for_short_turns
 from vsport.vm import Vm, tell
 
 __all__ = ["CAPABILITIES", "description", "option_help", "serve"]
@@ -46,6 +47,10 @@ _DEVICE_SUMMARIES = {
     "virtio-serial-pci": "the same as virtio-serial",
     "virtio-serial-device": "the same as virtio-serial",
 }
+
+_POLL_MAX_NS = 100_000
+"""A guest's answer to a byte takes less; with a spin as long as that the answer's kick wakes nobody."""
+_POLL_LIMIT_NS = 1_000_000_000
 
 _EXIT_CODES = {
     signal.SIGTERM: 0,  # R-VU-100: the regular end
@@ -103,11 +108,19 @@ def serve(arguments: argparse.Namespace) -> int:
     _check(arguments)
     wanted = plans([*arguments.vm, *_listed(arguments.vms)], _template(arguments))
     _log_to_stderr(arguments.log_level)
-    with contextlib.closing(Loop()) as loop:
+    ask_for_short_turns()
+    with contextlib.closing(Loop(poll_max_ns=_poll_max_ns(arguments.poll_max_ns))) as loop:
         daemon = _Daemon(loop)
         if arguments.takeover is not None:
             return daemon.take_over(wanted)
         return daemon.serve(wanted)
+
+
+def _poll_max_ns(asked: int | None) -> int:
+    """On one processor whoever is waited for could not run meanwhile."""
+    if asked is None:
+        return _POLL_MAX_NS if len(os.sched_getaffinity(0)) > 1 else 0
+    return asked
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -115,6 +128,8 @@ def _check(arguments: argparse.Namespace) -> None:
     for option in ("--socket-path", "--handover", "--takeover", "--events", "--vms"):
         if _value(arguments, option) == "":
             raise UsageError(f"{option} is empty")
+    if arguments.poll_max_ns is not None and not 0 <= arguments.poll_max_ns <= _POLL_LIMIT_NS:
+        raise UsageError(f"--poll-max-ns {arguments.poll_max_ns} is not in 0 to {_POLL_LIMIT_NS} (a second)")
     if arguments.handover is not None:
         UnixAddress(arguments.handover)
     if arguments.takeover is not None:

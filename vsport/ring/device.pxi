@@ -232,6 +232,7 @@ cdef class DeviceQueue:
     cdef uint16_t recover(self, uint16_t base) except *:
         """Takes the in-flight region into use; says where to go on."""
         self.r.flight = self._inflight.c
+        self.r.flight_lost = &self._inflight.lost
         try:
             check_size(&self.r, self.index, self._inflight.desc_num)
             return self.r.used_idx if recover(&self.r, self.index) else base

@@ -60,6 +60,12 @@ cdef uint32_t ring_unread(Ring *r) noexcept nogil:
     return behind if behind <= r.size else 0
 
 
+cdef bint ring_fetched(Ring *r, uint16_t place) noexcept nogil:
+    """Whether the driver says that it has looked at all that was used before ``place``."""
+    cdef uint32_t since = slots_between(place, r.used_idx, r.size) if r.packed else <uint16_t>(r.used_idx - place)
+    return r.event_idx and ring_unread(r) <= since
+
+
 cdef bint call_wanted(Ring *r) noexcept nogil:
     """Whether the driver wants an interrupt for what was completed since the last one (R-RING-20 to 23)."""
     cdef bint wanted

@@ -1,5 +1,14 @@
 # What the device does with its chains; without the interpreter lock.
 
+cdef bint ring_lost(Ring *r) noexcept nogil:
+    """Whether a front end has truncated a file that the ring works on (R-RING-82)."""
+    if flag_get(&r.mem.lost):
+        return True
+    if r.log != NULL and flag_get(&r.log.lost):
+        return True
+    return r.flight != NULL and flag_get(r.flight_lost) != 0
+
+
 cdef int nothing_left(Ring *r) noexcept nogil:
     return FAULTY if r.fault.code else EMPTY
 

@@ -161,13 +161,18 @@ cdef inline bint passed_packed(uint16_t event, uint16_t new, uint32_t slots, uin
     return slots >= 2 * size or 0 < behind <= <int>slots
 
 
+cdef inline uint32_t slots_between(uint16_t place, uint16_t later, uint32_t size) noexcept nogil:
+    """From one place to one that is not a whole turn further; a large number if it is not further."""
+    cdef int slots = (later & ~WRAP) - (place & ~WRAP)
+    return <uint32_t>(slots + <int>size if (place ^ later) & WRAP else slots)
+
+
 cdef inline uint32_t unread_packed(Ring *r) noexcept nogil:
     """Slots from the one whose use the driver wants to hear of to where the device is; more than a ring: it wants not."""
     cdef uint32_t event = load32(r.avail)
-    cdef int behind = (r.used_idx & ~WRAP) - (<uint16_t>event & ~WRAP)
     if (event >> 16) & 3 != EVENT_AT_SLOT:
         return r.size + 1
-    return behind + r.size if (event ^ r.used_idx) & WRAP else behind
+    return slots_between(<uint16_t>event, r.used_idx, r.size)
 
 
 cdef void tell_event(Ring *r, uint16_t place, uint16_t wish) noexcept nogil:
