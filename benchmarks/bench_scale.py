@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from daemons import Machine, connect, daemon, wait_for
 from herd import grazing
 
+from vsport.constants import queue_count
 from vsport.loop import READ
 
 DEVICES = int(os.environ.get("DEVICES", "1000"))
@@ -31,12 +32,16 @@ PIECE = 32768
 NAME = "org.test.0"
 
 
+def allowed(descriptors):
+    """How many devices a process can have, if each has so many descriptors."""
+    return (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 100) // descriptors
+
+
 class Place:
     """The sockets of a daemon with ``count`` devices."""
 
     def __init__(self, directory, count):
-        allowed = (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - 100) // DESCRIPTORS
-        if count > allowed:
+        if count > allowed(DESCRIPTORS):
             pytest.skip(f"{count} devices have more descriptors than a process may have: ulimit -n")
         self.directory = directory
         self.directory.mkdir()
@@ -105,6 +110,26 @@ def test_memory(benchmark, tmp_path, guests, max_ports):
     record_point(
         benchmark, series=state, x=max_ports, x_label="ports", y={"vsport": each}, y_label="KiB for each idle device"
     )
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("max_ports", [2, 31])
+def test_memory_with_all_queues(benchmark, tmp_path, max_ports):
+    """Linux starts the queues of all ports that a device could have; of so many devices as descriptors allow."""
+    count = min(DEVICES, allowed(3 * queue_count(max_ports) + 8))
+    found = {}
+
+    def measure():
+        for devices in (1, count):
+            place = Place(tmp_path / str(devices), devices)
+            with place.serving(max_ports) as process, grazing(place.vms, all_queues=True):
+                wait_for(lambda pid=process.pid: sleeps(pid), "it has nothing to do")
+                found[devices] = private_kib(process.pid)
+
+    benchmark.pedantic(measure, rounds=1)
+    each = (found[count] - found[1]) / (count - 1)
+    what = f"memory of one of {count} idle devices of {max_ports} ports, all queues running"
+    record(benchmark, Figure(what, each, "lower", unit="KiB", goal=at_most(64)))
 
 
 @pytest.mark.timeout(300)

@@ -146,7 +146,7 @@ cdef struct Ring:
     uint32_t unsignalled        # entries (slots) used since the driver was last interrupted, at most ALL_INDICES
     bint signal_next            # the next completion interrupts, whatever the event index says (R-RING-23)
     uint64_t serial             # number of the chain that is being walked
-    uint64_t *stamps            # for each descriptor: the last chain that it was part of
+    uint64_t *stamps            # for each descriptor: the last chain that it was part of; NULL before the first chain
     int buffer_range            # where the last lookup of a buffer ended
     int table_range             # the same for indirect tables
     uint64_t fill_want          # bytes that the next fill offers at first

@@ -25,6 +25,7 @@ from cpython.mem cimport PyMem_Calloc, PyMem_Free
 from cpython.memoryview cimport PyMemoryView_FromObject, PyMemoryView_GET_BUFFER
 from libc.errno cimport EAGAIN, EFAULT, EINTR, ENOTSOCK, errno
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t, UINT64_MAX
+from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 import os

@@ -66,7 +66,7 @@ cdef class DeviceQueue:
         self.r.call_fd = -1
 
     def __dealloc__(self):
-        PyMem_Free(self.r.stamps)
+        free(self.r.stamps)
         PyMem_Free(self.r.done)
 
     # Each operation that walks the ring is enclosed in enter() and ``busy = False``: a sink may call anything, and
@@ -219,14 +219,13 @@ cdef class DeviceQueue:
         self.check()
 
     cdef int make_tables(self, size_t size) except -1:
-        PyMem_Free(self.r.stamps)
+        free(self.r.stamps)
         PyMem_Free(self.r.done)
-        self.r.stamps = NULL
+        self.r.stamps = NULL                        # until there is a chain
         self.r.done = NULL
         self.r.serial = 0
-        self.r.stamps = <uint64_t *>PyMem_Calloc(size, sizeof(uint64_t))
         self.r.done = <uint16_t *>PyMem_Calloc(size if self._inflight is not None else 1, sizeof(uint16_t))
-        if self.r.stamps == NULL or self.r.done == NULL:
+        if self.r.done == NULL:
             raise MemoryError
         return 0
 

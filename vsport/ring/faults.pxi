@@ -19,6 +19,7 @@ cdef enum:
     UNMAPPED
     HEAD_TWICE
     DESCRIPTOR_SHARED
+    NO_MEMORY
     CHAIN_LONG
     INDIRECT_IN_LIST
     TAKEN_BACK
@@ -44,6 +45,7 @@ cdef dict FAULTS = {
     UNMAPPED: ("R-RING-76", "a buffer is not in guest memory", ("head", "index", "addr", "len")),
     HEAD_TWICE: ("R-RING-79", "a head was offered again while in flight", ("head",)),
     DESCRIPTOR_SHARED: ("R-RING-79", "a descriptor belongs to two chains in flight", ("head", "index")),
+    NO_MEMORY: ("R-RING-79", "the host has no memory to tell the descriptors in flight apart", ("size",)),
     CHAIN_LONG: ("R-RING-72", "a chain has more descriptors than the ring has room for", ("head", "size")),
     INDIRECT_IN_LIST: ("R-RING-46", "an indirect descriptor follows another one", ("head", "index")),
     TAKEN_BACK: ("R-RING-70", "a chain that was offered is not there any more", ("head",)),

@@ -18,7 +18,13 @@ cdef bint look_split(Ring *r) noexcept nogil:
     if ahead < r.pending_seen:
         return fail(r, AVAIL_BACKWARDS, avail_idx, <uint16_t>(r.next_avail + r.pending_seen), 0, 0)
     r.pending_seen = ahead
-    return True
+    return r.stamps != NULL or ahead == 0 or make_stamps(r)
+
+
+cdef bint make_stamps(Ring *r) noexcept nogil:
+    """Not before there is a chain to be walked: most queues of an idle device belong to ports that do not exist."""
+    r.stamps = <uint64_t *>calloc(r.size, sizeof(uint64_t))
+    return r.stamps != NULL or fail(r, NO_MEMORY, r.size, 0, 0, 0)
 
 
 cdef inline bint claim(Ring *r, Batch *b, uint32_t head, uint32_t index) noexcept nogil:
