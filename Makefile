@@ -3,7 +3,8 @@
 #   make demo    what it does, in a minute: a simulated guest, then a real Linux kernel if the lab is there
 #   make test    builds, makes the lab if it is missing, runs every test
 #   make lint    ruff, mypy, import rules, stub check
-#   make bench   the benchmarks        make fuzz    malformed input under sanitizers (COUNT=100000)
+#   make bench   the benchmarks, with a report in build/bench/report.md
+#   make fuzz    malformed input under sanitizers (COUNT=100000)
 #   make lab     the real guests: a Debian tree with User Mode Linux and QEMU
 #   make build   rebuilds the extension after a change     make wheel    a wheel in dist/
 #
@@ -18,6 +19,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COUNT ?= 100000
 SEED ?= 1
 SANITIZED := build/sanitize
+BENCH := build/bench
 export VSPORT_LAB_APTOPT
 
 .PHONY: build clean demo fuzz lab bench lint test tools wheel
@@ -42,7 +44,7 @@ $(VENV)/.installed: pyproject.toml | tools
 	@$(PIP) --group dev
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.installed setup.py vsport/_ring.pyx vsport/_ring.pxd $(wildcard vsport/*.h)
+$(VENV)/.built: $(VENV)/.installed setup.py $(wildcard vsport/*.pyx vsport/*.pxd vsport/ring/*.pxi vsport/*.h)
 	@echo "building vsport"
 	@$(PIP) --quiet --no-build-isolation --editable .  # Twice quiet: setuptools warns of every editable package.
 	@touch $@
@@ -58,14 +60,20 @@ demo: build
 test: build lab
 	$(BIN)/pytest
 
+# A report is made also of a run in which something failed; without measuring (--benchmark-disable) there is none.
 bench: build
-	$(BIN)/pytest benchmarks --benchmark-columns=min,median,max,ops $(BENCH_FLAGS)
+	@mkdir -p $(BENCH)
+	@rm -f $(BENCH)/*
+	@$(BIN)/pytest benchmarks --benchmark-columns=min,median,max --benchmark-json=$(BENCH)/results.json $(BENCH_FLAGS); \
+		status=$$?; \
+		if [ -e $(BENCH)/results.json ]; then $(BIN)/python benchmarks/report.py $(BENCH)/results.json; fi; \
+		exit $$status
 
 lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m mypy.stubtest vsport._ring
+	$(BIN)/python -m mypy.stubtest vsport._ring vsport._poll
 	$(BIN)/lint-imports
 
 # The extension with AddressSanitizer and UBSan in a tree of its own; leaks are the interpreter's own at exit.
@@ -79,4 +87,4 @@ wheel: build
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist vsport/_ring.c vsport/_ring.*.so *.egg-info
+	rm -rf $(VENV) build dist vsport/_*.c vsport/_*.so *.egg-info

@@ -52,7 +52,7 @@ def test_drain(benchmark, rings, size):
     def floor():
         assert os.writev(null, pieces) == SIZE * size
 
-    compare(benchmark, ours, floor, rounds=200, bytes_per_round=SIZE * size)
+    compare(benchmark, ours, floor, against="writev", rounds=200, work=SIZE * size)
     os.close(null)
 
 
@@ -70,5 +70,5 @@ def test_fill(benchmark, rings, size):
     def floor():
         assert os.readv(zero, pieces) == SIZE * size
 
-    compare(benchmark, ours, floor, rounds=200, bytes_per_round=SIZE * size)
+    compare(benchmark, ours, floor, against="readv", rounds=200, work=SIZE * size)
     os.close(zero)

@@ -11,9 +11,10 @@ Needs Linux and pyudev, and nothing of the host's half of vsport.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # As in guest_tools.record: the typing module is not for those who run this.
 if TYPE_CHECKING:
+    from typing import Any
+
     from guest_tools.bridge import Bridge as Bridge
     from guest_tools.bridge import Ending as Ending
     from guest_tools.bridge import Outcome as Outcome

@@ -26,13 +26,16 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from guest_tools import errors
 from guest_tools.ports import Port, find_port, list_ports, printable, why_no_ports
+from guest_tools.record import Record
 from guest_tools.report import STDERR, STDOUT, Reporter, clock, holders_text, port_table, write_line
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import NoReturn
+
     from _typeshed import SupportsWrite
 
     from guest_tools.bridge import Outcome
@@ -284,7 +287,7 @@ def _report_outcome(out: Reporter, outcome: Outcome) -> int:
     return OK
 
 
-class Command(NamedTuple):
+class Command(Record):
     run: Callable[[argparse.Namespace, Reporter], int]
     takes_port: bool
     options: tuple[str, ...]

@@ -12,7 +12,7 @@ import os
 import select
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from guest_tools.channel import Deadline, open_port
@@ -95,7 +95,7 @@ class _Watcher:
                 self._known[port.sysname] = port
                 yield Event(kind, port)
             elif before.name != port.name:
-                self._known[port.sysname] = replace(port, state=before.state)
+                self._known[port.sysname] = port.replace(state=before.state)
                 yield Event("named", port)
 
     def _watch_openings(self) -> None:
@@ -121,7 +121,7 @@ class _Watcher:
             state = read_state(sysname)
             if state.host_connected == before.host_connected:
                 continue
-            self._known[sysname] = replace(before, state=state)
+            self._known[sysname] = before.replace(state=state)
             if None not in (state.host_connected, before.host_connected):
                 yield Event("host_connected" if state.host_connected else "host_left", refresh(before))
 
@@ -151,7 +151,7 @@ def wait_for_host(name_or_path: str, timeout: float | None = None) -> Port:
         try:
             port = find_port(name_or_path)
             if _host_is_there(port, deadline):
-                return replace(port, state=replace(port.state, host_connected=True))
+                return port.replace(state=port.state.replace(host_connected=True))
             problem = f"the host has not opened {port}"
         except (PortNotFound, PortUnplugged) as exc:
             problem = str(exc)

@@ -10,10 +10,13 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
 
 from guest_tools.errors import PortNotFound, Unsupported
+from guest_tools.record import Record
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = [
     "Holder",
@@ -36,8 +39,7 @@ SYSNAME = re.compile(r"vport(\d+)p(\d+)")  # device index and port id (R-GUEST-0
 PLATFORM: str = sys.platform
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(Record):
     """A process that has a port open."""
 
     pid: int
@@ -53,8 +55,7 @@ class Holder:
         return {"pid": self.pid, "command": printable(self.command), "user": self.user}
 
 
-@dataclass(frozen=True)
-class PortState:
+class PortState(Record):
     """What debugfs tells about a port (R-GUEST-03). ``None``: not known, debugfs is for root only."""
 
     guest_connected: bool | None = None
@@ -62,8 +63,7 @@ class PortState:
     is_console: bool | None = None
 
 
-@dataclass(frozen=True)
-class Port:
+class Port(Record):
     """One virtio-serial port, as it was at one moment. ``None`` stands for "not known" everywhere.
 
     ``holders`` are the processes that have it open; ``()`` means that nobody does. ``number`` is the device
@@ -75,7 +75,7 @@ class Port:
     name: str | None
     id: int
     number: int = 0
-    state: PortState = field(default_factory=PortState)
+    state: PortState = PortState()
     holders: tuple[Holder, ...] | None = None
 
     @property
@@ -306,7 +306,7 @@ def _with_state(port: Port, holders: Mapping[int, tuple[Holder, ...]], complete:
     found = holders.get(port.number)
     # Debugfs knows better than /proc: another container's process holds it, or the kernel its console.
     nobody = state.guest_connected is False or (complete and not state.guest_connected)
-    return replace(port, state=state, holders=found or (() if nobody else None))
+    return port.replace(state=state, holders=found or (() if nobody else None))
 
 
 def _order(port: Port) -> tuple[int, ...]:

@@ -7,9 +7,12 @@ import os
 import select
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from guest_tools.ports import Port, printable
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 __all__ = ["Reporter", "clock", "holders_text", "port_table", "write_line"]
 

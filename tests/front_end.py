@@ -37,6 +37,8 @@ from vsport.vhost_user.message import MemoryRegion, ProtocolFeature, Request, Vr
 from vsport.vhost_user.server import Server
 
 __all__ = [
+    "LAYOUTS",
+    "LAYOUT_FEATURES",
     "USER",
     "VIRTIO_FEATURES",
     "Bench",
@@ -58,6 +60,16 @@ __all__ = [
 F = TypeVar("F", bound="FrontEnd")
 
 VIRTIO_FEATURES = Feature.VERSION_1 | Feature.SIZE | Feature.MULTIPORT | Feature.INDIRECT_DESC | Feature.EVENT_IDX
+
+
+LAYOUT_FEATURES = Feature.RING_PACKED | Feature.IN_ORDER
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "split": {},
+    "packed": {"packed": True},
+    "in order": {"in_order": True},
+    "packed in order": {"packed": True, "in_order": True},
+}
+"""How a device can be made to offer its rings."""
 
 
 def open_fds(*, settle: bool = False) -> int:
@@ -91,6 +103,8 @@ class FrontEnd(frontend.FrontEnd):
                 size,
                 event_idx=bool(self.features & Feature.EVENT_IDX),
                 indirect=bool(self.features & Feature.INDIRECT_DESC),
+                packed=bool(self.features & Feature.RING_PACKED),
+                in_order=bool(self.features & Feature.IN_ORDER),
             ),
         )
 
@@ -205,11 +219,13 @@ class Uml(FrontEnd):
 class Bench:
     """A device with port 1 and its server on a socket, in this thread, and the front ends that came."""
 
-    def __init__(self, directory: Path, max_ports: int = 3) -> None:
+    def __init__(self, directory: Path, max_ports: int = 3, *, packed: bool = False, in_order: bool = False) -> None:
         self.loop = Loop()
-        self.device = SerialDevice(max_ports=max_ports)
+        self.device = SerialDevice(max_ports=max_ports, packed=packed, in_order=in_order)
         self.device.on_backlog = lambda index: self.loop.call_soon(lambda: self.device.kick(index))
         self.device.add_port(PortConfig(1, "org.test.0"))
+        self.features = VIRTIO_FEATURES | Feature(self.device.features & LAYOUT_FEATURES)
+        """What its drivers use: VIRTIO_FEATURES, with the layout of the rings that the device was made for."""
         self.server = Server(self.device, self.loop)
         self.path = str(directory / "vu.sock")
         self.server.listen(self.path)
@@ -246,12 +262,12 @@ class Bench:
 class Daemon:
     """A host with a Unix socket chardev and a server for its device, on a loop that waiting front ends step."""
 
-    def __init__(self, directory: Path, name: str = "0") -> None:
+    def __init__(self, directory: Path, name: str = "0", bus: str = "virtio-serial") -> None:
         self.path = str(directory / f"vu{name}.sock")
         self.chardev_path = str(directory / f"c{name}.sock")
         self.loop = Loop()
         chardev = f"socket,id=c0,path={self.chardev_path},server=on,wait=off"
-        self.host = Host(self.loop, parse_configuration([chardev], ["virtserialport,chardev=c0,name=org.test.0"]))
+        self.host = Host(self.loop, parse_configuration([chardev], [bus, "virtserialport,chardev=c0,name=org.test.0"]))
         self.host.open()
         self.device = self.host.device
         self.server = Server(self.device, self.loop)
@@ -321,7 +337,8 @@ class Machine:
         self.front_end = front_end
         self.memory = GuestMemory(((0, size // 2), (1 << 30, size // 2)))
         self.attachment = OverVhostUser(front_end, loop, self.memory)
-        self.guest = SimulatedGuest(self.attachment, features=int(VIRTIO_FEATURES), queue_size=queue_size)
+        features = int(VIRTIO_FEATURES | LAYOUT_FEATURES)
+        self.guest = SimulatedGuest(self.attachment, features=features, queue_size=queue_size)
 
     def run_until(self, condition: Callable[[], object]) -> None:
         def done() -> object:

@@ -18,8 +18,8 @@ from fuzz_control import control_case
 from fuzz_qemu_stream import qemu_stream_case
 from fuzz_snapshot import snapshot_case
 from fuzz_vhost_user import vhost_user_case
-from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRITE, RawFlight, RawRing
-from ring_oracle import Broken, Oracle, Piece
+from raw_ring import DESC, HALF, INDIRECT, NEXT, TOP, WRAP, WRITE, RawFlight, RawPacked, RawRing
+from ring_oracle import Broken, Oracle, PackedOracle, Piece
 
 from vsport import _ring
 from vsport._ring import DirtyLog, Status
@@ -29,7 +29,8 @@ from vsport.errors import FrontEndError, GuestError
 
 TABLE = 0x1000
 """Where indirect tables lie in the data area; two of them fill a page."""
-RINGS = {size: RawRing(size, start=False) for size in (1, 2, 4, 8, 16)}
+RINGS = [RawRing(size, start=False) for size in (1, 2, 4, 8, 16)]
+PACKED_RINGS = [RawPacked(size, start=False) for size in (1, 2, 3, 7, 8, 16)]
 HOST = os.memfd_create("host")
 BYTES = bytes(range(1, 256)) * 600
 PAGE = 4096
@@ -73,25 +74,33 @@ def descriptors(random: random.Random, ring: RawRing, count: int, size: int) -> 
     return bytes(table)
 
 
-def make_ring(random: random.Random) -> tuple[RawRing, bool]:
-    """One of the rings, filled anew, not started, and whether indirect descriptors are negotiated."""
-    ring = RINGS[random.choice((1, 2, 4, 8, 16))]
+def make_ring(random: random.Random, ring: RawRing) -> None:
+    """Fills the ring anew; it is not started."""
     ring.queue.stop()
     size = ring.size
-    ring.memory.write(0, descriptors(random, ring, size, size))
+    if isinstance(ring, RawPacked):
+        ring.base = random.choice((0, WRAP)) | random.randrange(size)
+    else:
+        ring.base = random.choice((0, 1, 0x7FFF, 0xFFFF))
+    ring.clear()
+    for index, descriptor in enumerate(DESC.iter_unpack(descriptors(random, ring, size, size))):
+        ring.put(index, *descriptor)
     for table in (0, 256):
-        ring.memory.write(ring.data + TABLE + table, descriptors(random, ring, 16, random.choice((1, 2, 4, 16))))
+        entries = DESC.iter_unpack(descriptors(random, ring, 16, random.choice((1, 2, 4, 16))))
+        ring.put_table(ring.data + TABLE + table, entries)
     ring.memory.write(ring.data, BYTES[:512])
-    ring.base = ring.avail_idx = random.choice((0, 1, 0x7FFF, 0xFFFF))
     heads = list(range(size))
     random.shuffle(heads)
     if random.random() < 0.2:
         heads[random.randrange(size)] = random.choice((0, size, 0xFFFF))
     ring.offer(*heads[: random.randint(0, size)])
-    if random.random() < 0.03:
+    if isinstance(ring, RawPacked):
+        for _ in range(random.choice((0, 0, 0, 0, 1, 5))):  # half a turn's flags, and what no driver writes
+            ring.memory.write(16 * random.randrange(size) + 14, random.randbytes(2))
+        ring.write16(ring.avail, random.randrange(0x10000))
+        ring.write16(ring.avail + 2, random.randrange(5))
+    elif random.random() < 0.03:
         ring.write16(ring.avail + 2, random.randrange(0x10000))
-    ring.write16(ring.used + 2, ring.base)
-    return ring, random.random() < 0.9
 
 
 class Observed:
@@ -139,20 +148,20 @@ def make_flight(random: random.Random, ring: RawRing) -> RawFlight:
     return flight
 
 
-def start(random: random.Random, ring: RawRing, flight: RawFlight | None, *, indirect: bool) -> None:
+def start(random: random.Random, ring: RawRing, flight: RawFlight | None, *, indirect: bool, in_order: bool) -> None:
     """Starts the ring; a region that is refused stays as it is, and the ring starts without."""
     event_idx = random.random() < 0.5
     ring.queue.inflight = flight.region if flight else None
     before = bytes(flight.memory) if flight else b""
     try:
-        ring.start(indirect=indirect, event_idx=event_idx)
+        ring.start(indirect=indirect, event_idx=event_idx, in_order=in_order)
     except FrontEndError as exc:
         assert exc.rule in ("R-VU-85", "R-VU-88")
         assert flight
         assert flight.memory == before
         assert not ring.queue.running
         ring.queue.inflight = None
-        ring.start(indirect=indirect, event_idx=event_idx)
+        ring.start(indirect=indirect, event_idx=event_idx, in_order=in_order)
 
 
 def check_flight(ring: RawRing, flight: RawFlight) -> None:
@@ -162,6 +171,17 @@ def check_flight(ring: RawRing, flight: RawFlight) -> None:
     assert heads == offered
     assert heads or not ring.queue.offset
     assert flight.head[4] == ring.queue.used_idx
+
+
+def oracle_of(ring: RawRing, *, indirect: bool) -> Oracle:
+    return PackedOracle(ring, indirect=indirect) if ring.packed else Oracle(ring, indirect=indirect)
+
+
+def check_used(ring: RawRing, used: list[tuple[int, int]]) -> None:
+    """These chains were returned, and no other; in order, one entry may stand for several."""
+    assert ring.queue.chains - ring.chains_before == len(used)
+    if not ring.in_order:
+        assert ring.used_elements() == used
 
 
 def expected(oracle: Oracle, *, writable: bool) -> tuple[list[tuple[int, list[Piece]]], str]:
@@ -186,27 +206,27 @@ def rule_of(call: Callable[[], object]) -> str:
 
 def drain_to_file(ring: RawRing, indirect: bool) -> None:
     """Every byte before the first fault arrives, and no other."""
-    oracle = Oracle(ring, indirect=indirect)
+    oracle = oracle_of(ring, indirect=indirect)
     chains, rule = expected(oracle, writable=False)
     os.ftruncate(HOST, 0)
     os.lseek(HOST, 0, os.SEEK_SET)
     assert rule_of(lambda: ring.queue.drain(HOST, budget=1 << 24)) == rule
     data = b"".join(oracle.read(gpa, size) for _, pieces in chains for gpa, size in pieces)
     assert os.pread(HOST, len(data) + 1, 0) == data
-    assert ring.used_elements() == [(head, 0) for head, _ in chains]
+    check_used(ring, [(head, 0) for head, _ in chains])
 
 
 def discard(ring: RawRing, indirect: bool) -> None:
-    chains, rule = expected(Oracle(ring, indirect=indirect), writable=False)
+    chains, rule = expected(oracle_of(ring, indirect=indirect), writable=False)
     before = ring.queue.bytes_discarded
     assert rule_of(ring.queue.discard) == rule
     assert ring.queue.bytes_discarded - before == sum(size for _, pieces in chains for _, size in pieces)
-    assert ring.used_elements() == [(head, 0) for head, _ in chains]
+    check_used(ring, [(head, 0) for head, _ in chains])
 
 
 def fill_from(ring: RawRing, indirect: bool) -> None:
     """Bytes go into the offered pieces, in order, and nowhere else."""
-    oracle = Oracle(ring, indirect=indirect)
+    oracle = oracle_of(ring, indirect=indirect)
     chains, rule = expected(oracle, writable=True)
     if any(gpa < ring.data + 0x2000 for _, pieces in chains for gpa, _ in pieces):
         return anything(ring, indirect)  # the driver has its own ring overwritten
@@ -221,9 +241,10 @@ def fill_from(ring: RawRing, indirect: bool) -> None:
         used.append((head, done - start))
     assert done <= len(BYTES)
     assert rule_of(lambda: ring.queue.fill_from(BYTES)) == rule
-    assert ring.used_elements() == used
+    check_used(ring, used)
     after = b"".join(ring.buffers)
-    assert after[: ring.used] == image[: ring.used]
+    drivers = slice(ring.avail if ring.packed else 0, ring.used)  # both sides write to packed descriptors
+    assert after[drivers] == image[drivers]
     assert after[ring.data :] == image[ring.data :]
     return None
 
@@ -249,10 +270,20 @@ def anything(ring: RawRing, indirect: bool) -> None:
 
 def ring(random: random.Random) -> None:
     """One malformed ring, and one thing that is done with it."""
-    made, indirect = make_ring(random)
-    flight = make_flight(random, made) if random.random() < 0.3 else None
+    one_ring(random, random.choice(RINGS))
+
+
+def packed_ring(random: random.Random) -> None:
+    """The same with a packed one."""
+    one_ring(random, random.choice(PACKED_RINGS))
+
+
+def one_ring(random: random.Random, made: RawRing) -> None:
+    make_ring(random, made)
+    indirect, in_order = random.random() < 0.9, random.random() < 0.3
+    flight = make_flight(random, made) if not made.packed and random.random() < 0.3 else None
     observed = Observed(random, made) if random.random() < 0.3 else None
-    start(random, made, flight, indirect=indirect)
+    start(random, made, flight, indirect=indirect, in_order=in_order)
     drivers = made.memory.read(0, made.used)
     random.choice((drain_to_file, discard, fill_from, anything))(made, indirect)
     if observed:
@@ -266,6 +297,7 @@ def ring(random: random.Random) -> None:
 
 GENERATORS: dict[str, Callable[[random.Random], object]] = {
     "ring": ring,
+    "packed-ring": packed_ring,
     "control": control_case,
     "vhost-user": vhost_user_case,
     "qemu-stream": qemu_stream_case,
@@ -274,7 +306,7 @@ GENERATORS: dict[str, Callable[[random.Random], object]] = {
 """Each makes one input from the given source of chance, feeds it, and raises if the outcome is wrong."""
 
 
-EXTENSION = ("ring", "control", "vhost-user")
+EXTENSION = ("ring", "packed-ring", "control", "vhost-user")
 """What reaches compiled code, and so is worth a sanitizer: the kinds that are run unless one is named."""
 
 

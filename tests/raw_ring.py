@@ -1,4 +1,4 @@
-"""A split ring written by hand, in which every field can be wrong; for tests and for fuzz.py."""
+"""A ring written by hand, split or packed, in which every field can be wrong; for tests and for fuzz.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from vsport._ring import DeviceQueue, Inflight, Memory, Region
 NEXT = 1
 WRITE = 2
 INDIRECT = 4
+AVAIL = 1 << 7
+USED_FLAG = 1 << 15
+WRAP = 1 << 15
 
 DESC = struct.Struct("<QIHH")
+PACKED = struct.Struct("<QIHH")
+"""addr, len, id, flags"""
 USED = struct.Struct("<II")
 U16 = struct.Struct("<H")
 FLIGHT_HEAD = struct.Struct("=QHHHH")
@@ -34,14 +39,16 @@ def page_up(size: int) -> int:
 
 
 class RawRing:
-    """Guest memory with one ring and room for data, and the device queue that works on it."""
+    """Guest memory with one split ring and room for data, and the device queue that works on it."""
+
+    packed = False
 
     def __init__(
         self, size: int = 8, *, event_idx: bool = False, indirect: bool = True, base: int = 0, start: bool = True
     ) -> None:
         self.size = size
         self.avail = 16 * size
-        self.used = (self.avail + 6 + 2 * size + 3) & ~3
+        self.used = self.avail + 4 if self.packed else (self.avail + 6 + 2 * size + 3) & ~3
         self.data = page_up(self.used + 6 + 8 * size)
         self.end = self.data + 2 * HALF
         self.buffers = [bytearray(self.data + HALF), bytearray(HALF), bytearray(0x1000)]
@@ -53,13 +60,21 @@ class RawRing:
             ]
         )
         self.base = self.avail_idx = base
-        self.write16(self.avail + 2, base)
-        self.write16(self.used + 2, base)
+        self.clear()
         self.queue = DeviceQueue(5)
         if start:
             self.start(event_idx=event_idx, indirect=indirect)
 
-    def start(self, *, event_idx: bool = False, indirect: bool = True, reset: bool = True) -> None:
+    def clear(self) -> None:
+        """A ring at its base, in which nothing is offered."""
+        self.avail_idx = self.base
+        self.write16(self.avail + 2, self.base)
+        self.write16(self.used + 2, self.base)
+
+    def start(
+        self, *, event_idx: bool = False, indirect: bool = True, reset: bool = True, in_order: bool = False
+    ) -> None:
+        self.in_order, self.chains_before = in_order, self.queue.chains
         self.queue.start(
             self.memory,
             self.size,
@@ -69,6 +84,8 @@ class RawRing:
             base=self.base,
             event_idx=event_idx,
             indirect=indirect,
+            packed=self.packed,
+            in_order=in_order,
             reset=reset,
         )
 
@@ -84,9 +101,13 @@ class RawRing:
 
     def put_table(self, gpa: int, entries: Iterable[Descriptor]) -> int:
         """Writes an indirect table; returns its length in bytes."""
-        table = b"".join(DESC.pack(*entry) for entry in entries)
+        table = b"".join(self.encode_entry(entry) for entry in entries)
         self.memory.write(gpa, table)
         return len(table)
+
+    def encode_entry(self, entry: Descriptor) -> bytes:
+        """An entry of an indirect table."""
+        return DESC.pack(*entry)
 
     def put_pieces(self, gpa: int, addr: int, sizes: Iterable[int], flags: int = 0) -> int:
         """Writes an indirect table of consecutive buffers from ``addr`` on; returns its length in bytes."""
@@ -122,6 +143,62 @@ class RawRing:
         """All of guest memory except for the used ring, which is the device's own."""
         low = bytes(self.buffers[0])
         return low[: self.used] + low[self.data :] + bytes(self.buffers[1]) + bytes(self.buffers[2])
+
+
+class RawPacked(RawRing):
+    """The same with a packed ring: what put() wrote goes into the ring's slots when it is offered."""
+
+    packed = True
+
+    def __init__(
+        self, size: int = 8, *, event_idx: bool = False, indirect: bool = True, base: int = WRAP, start: bool = True
+    ) -> None:
+        self.table: dict[int, Descriptor] = {}
+        super().__init__(size, event_idx=event_idx, indirect=indirect, base=base, start=start)
+
+    def clear(self) -> None:
+        """Every slot is as it was left by a chain of one descriptor a turn ago (R-RING-42)."""
+        self.place = self.base
+        self.offered: list[int] = []
+        for slots in range(self.size):
+            flags = 0 if self.moved(self.base, slots) & WRAP else AVAIL | USED_FLAG
+            self.memory.write(16 * (self.moved(self.base, slots) & ~WRAP), PACKED.pack(0, 0, 0, flags))
+
+    def moved(self, place: int, slots: int) -> int:
+        """The place that is so many slots further on."""
+        slot = (place & ~WRAP) + slots
+        return slot % self.size | (place ^ (slot // self.size << 15)) & WRAP
+
+    def put(self, index: int, addr: int, length: int, flags: int = 0, next: int = 0) -> None:
+        self.table[index] = (addr, length, flags, next)
+
+    def encode_entry(self, entry: Descriptor) -> bytes:
+        addr, length, flags, id = entry
+        return PACKED.pack(addr, length, id, flags)
+
+    def offer(self, *heads: int) -> None:
+        """Writes chains into the next slots, with the head as id; at most as many descriptors as there is room for."""
+        for head in heads:
+            index, count, flags = head, 0, NEXT
+            while flags & NEXT and sum(self.offered) + count < self.size:
+                addr, length, flags, following = self.table.get(index, (0, 0, 0, 0))
+                bits = AVAIL if self.place & WRAP else USED_FLAG
+                self.memory.write(16 * (self.place & ~WRAP), PACKED.pack(addr, length, head, flags | bits))
+                self.place = self.moved(self.place, 1)
+                index, count = following, count + 1
+            if count:
+                self.offered.append(count)
+
+    def used_elements(self) -> list[tuple[int, int]]:
+        """What the device returned since the base, as (id, len), if it was the chains that were offered (R-RING-45)."""
+        elements, place = [], self.base
+        for slots in self.offered:
+            _, length, id, flags = PACKED.unpack(self.memory.read(16 * (place & ~WRAP), 16))
+            if flags & (AVAIL | USED_FLAG) != (AVAIL | USED_FLAG if place & WRAP else 0):
+                break
+            elements.append((id, length if flags & WRITE else 0))
+            place = self.moved(place, slots)
+        return elements
 
 
 class RawFlight:

@@ -1,4 +1,4 @@
-"""What a device may do with a split ring that nobody changes meanwhile: the rules once more, in plain Python.
+"""What a device may do with a ring that nobody changes meanwhile: the rules once more, in plain Python.
 
 The engine is compared with it on well-formed and on malformed rings. It is written for reading, one chain at a time,
 and shares nothing with the engine but the numbers of the rules.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raw_ring import DESC, INDIRECT, NEXT, TOP, WRITE, Descriptor, RawRing
+from raw_ring import AVAIL, DESC, INDIRECT, NEXT, PACKED, TOP, USED_FLAG, WRAP, WRITE, Descriptor, RawPacked, RawRing
 
 Piece = tuple[int, int]
 """(gpa, size)"""
@@ -108,3 +108,53 @@ class Oracle:
     def descriptor(self, gpa: int) -> Descriptor:
         addr, length, flags, following = DESC.unpack(self.read(gpa, 16))
         return addr, length, flags, following
+
+
+class PackedOracle(Oracle):
+    """The same for a packed ring."""
+
+    ring: RawPacked
+
+    def chains(self, *, writable: bool) -> Iterator[tuple[int, list[Piece]]]:
+        self.slots = 0
+        self.ring.offered.clear()
+        while self.slots < self.ring.size:
+            place = self.ring.moved(self.ring.base, self.slots)
+            if self.slot(place)[2] & (AVAIL | USED_FLAG) != (AVAIL if place & WRAP else USED_FLAG):
+                return
+            before, pieces = self.slots, list(self.pieces(place, writable))
+            self.ring.offered.append(self.slots - before)
+            yield self.id, pieces
+
+    def slot(self, place: int) -> Descriptor:
+        return self.descriptor(16 * (place & ~WRAP))
+
+    def descriptors(self, head: int) -> Iterator[Descriptor]:
+        place = head
+        while True:
+            descriptor = self.slot(place)
+            _, _, flags, self.id = descriptor
+            self.slots += 1
+            if flags & INDIRECT:
+                if place != head:
+                    raise Broken("R-RING-46")
+                yield from self.table(*descriptor)
+                return
+            yield descriptor
+            if not flags & NEXT:
+                return
+            if self.slots == self.ring.size:
+                raise Broken("R-RING-72")
+            place = self.ring.moved(place, 1)
+
+    def table(self, addr: int, length: int, flags: int, _: int) -> Iterator[Descriptor]:
+        if not self.indirect or flags & NEXT or length % 16 or not 0 < length // 16 <= 32768:
+            raise Broken("R-RING-75")
+        if not self.mapped(addr, length):
+            raise Broken("R-RING-75")
+        for index in range(length // 16):
+            yield self.descriptor(addr + 16 * index)
+
+    def descriptor(self, gpa: int) -> Descriptor:
+        addr, length, id, flags = PACKED.unpack(self.read(gpa, 16))
+        return addr, length, flags, id

@@ -31,6 +31,9 @@ def vsport(*arguments, **options):
         ["serve", "--fd", "99"],
         ["serve", "--fd", "0"],
         ["serve", "--log-level", "loud", "--socket-path", "/x"],
+        ["serve", "--poll-max-ns", "-1", "--socket-path", "/x"],
+        ["serve", "--poll-max-ns", "2000000000", "--socket-path", "/x"],
+        ["serve", "--poll-max-ns", "long", "--socket-path", "/x"],
         ["serve", "--socket-path", ""],
         ["serve", "--socket-path", "/no/such/directory/socket"],
         ["serve", "--socket-path", "/etc/passwd"],
@@ -124,6 +127,12 @@ def test_every_command_has_help_that_fits_a_terminal(arguments):
     assert "usage: vsport" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stderr == ""
+
+
+def test_serving_does_not_load_what_it_does_not_need():
+    code = "import sys; from vsport.cli import main; main(['serve', '--print-capabilities']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {"vsport.lab", "vsport.demo", "vsport.sim", "subprocess", "asyncio"}
 
 
 def test_without_a_command_there_is_help_and_an_error_code():

@@ -21,4 +21,4 @@ def test_the_highest_port_fits_vhost_users_8_bits():
 
 def test_feature_bits():
     """R-CON-04."""
-    assert [feature.bit_length() - 1 for feature in Feature] == [0, 1, 2, 26, 28, 29, 30, 32]
+    assert [feature.bit_length() - 1 for feature in Feature] == [0, 1, 2, 26, 28, 29, 30, 32, 34, 35]

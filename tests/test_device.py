@@ -19,7 +19,7 @@ from vsport.sim import HOSTILE, LINUX, Direct, SimulatedGuest
 from vsport.snapshot import PortState, Snapshot
 
 
-class Recorder:
+class Recorder(BackEnd):
     """A back end that takes notes, and takes what the guest sends up to ``room`` bytes."""
 
     def __init__(self, port, room=1 << 30):
@@ -57,9 +57,9 @@ class Recorder:
         self.emergency.append(byte)
 
 
-def make(*configs, max_ports=4, profile=LINUX, features=None, queue_size=16):
+def make(*configs, max_ports=4, profile=LINUX, features=None, queue_size=16, **layout):
     """A device with these ports and a guest that has booted; returns (device, guest)."""
-    device = SerialDevice(max_ports=max_ports)
+    device = SerialDevice(max_ports=max_ports, **layout)
     for config in configs or (PortConfig(1, "org.test.0"),):
         Recorder(device.add_port(config))
     guest = SimulatedGuest(Direct(device), profile=profile, features=features, queue_size=queue_size)
@@ -132,10 +132,11 @@ def test_an_emergency_character_without_a_console_is_dropped():
 
 @pytest.mark.parametrize("profile", [LINUX, HOSTILE], ids=lambda profile: profile.name)
 @pytest.mark.parametrize("features", [None, ~Feature.EVENT_IDX, ~Feature.INDIRECT_DESC], ids=["all", "flags", "direct"])
-def test_a_guest_learns_of_every_port(profile, features):
+@pytest.mark.parametrize("layout", [{}, {"packed": True}, {"in_order": True}, {"packed": True, "in_order": True}])
+def test_a_guest_learns_of_every_port(profile, features, layout):
     """R-CON-31, R-CON-07; with a driver of bad manners too."""
     configs = [PortConfig(0, console=True, cols=100, rows=30), PortConfig(1, "a.0"), PortConfig(3, "b.0")]
-    device, guest = make(*configs, profile=profile, features=features)
+    device, guest = make(*configs, profile=profile, features=features, **layout)
     connect(device, 3)
     guest.run()
     assert {port.id: port.name for port in guest.ports.values()} == {0: None, 1: "a.0", 3: "b.0"}

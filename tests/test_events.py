@@ -9,7 +9,7 @@ import pytest
 from worlds import World, generic_port, unix_chardev, unix_client
 
 from vsport.errors import HostError
-from vsport.events import EventLog, open_events
+from vsport.events import EventLog, Journal, open_events
 
 
 @pytest.fixture
@@ -23,12 +23,13 @@ def events(path):
 
 
 def test_every_change_is_told_with_its_cause(world, tmp_path):
-    log = EventLog(world.loop, world.device, open_events(str(tmp_path / "log")))
+    journal = open_events(str(tmp_path / "log"))
+    EventLog(world.loop, world.device, journal)
     world.port("org.test.1").open()
     with unix_client(tmp_path / "s"):
         world.wait(lambda: world.port("org.test.1").host_connected)
     world.wait(lambda: not world.port("org.test.1").host_connected)
-    log.close()
+    journal.close()
     told = [
         (event["cause"], event["guest_connected"], event["host_connected"], event["session"])
         for event in events(tmp_path / "log")
@@ -42,7 +43,8 @@ def test_every_change_is_told_with_its_cause(world, tmp_path):
 
 
 def test_every_dropped_byte_is_told_and_drops_are_added_up(world, tmp_path):
-    log = EventLog(world.loop, world.device, open_events(str(tmp_path / "log")))
+    journal = open_events(str(tmp_path / "log"))
+    log = EventLog(world.loop, world.device, journal)
     port = world.port("org.test.1")
     port.open()
     with unix_client(tmp_path / "s"):
@@ -53,7 +55,8 @@ def test_every_dropped_byte_is_told_and_drops_are_added_up(world, tmp_path):
     port.guest.attachment.resume()
     world.wait(lambda: not port.host_connected)
     world.wait(lambda: world.device.ports[1].counters.bytes_discarded == 30)
-    log.close()
+    log.flush()
+    journal.close()
     (drop,) = [event for event in events(tmp_path / "log") if event["event"] == "dropped"]
     assert (drop["bytes"], drop["of"], drop["port"]) == (30, "guest", 1)
 
@@ -61,7 +64,8 @@ def test_every_dropped_byte_is_told_and_drops_are_added_up(world, tmp_path):
 def test_a_reader_that_does_not_read_costs_lines_and_hears_how_many(world, tmp_path):
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-    log = EventLog(world.loop, world.device, writer)
+    journal = Journal(writer)
+    EventLog(world.loop, world.device, journal)
     port = world.port("org.test.1")
     for _ in range(50):
         port.open()
@@ -70,7 +74,7 @@ def test_a_reader_that_does_not_read_costs_lines_and_hears_how_many(world, tmp_p
     port.open()
     port.close()
     heard += os.read(reader, 65536)
-    log.close()
+    journal.close()
     os.close(reader)
     lines = [json.loads(line) for line in heard.splitlines()]
     lost = [line["lines"] for line in lines if line["event"] == "lost"]
@@ -80,11 +84,12 @@ def test_a_reader_that_does_not_read_costs_lines_and_hears_how_many(world, tmp_p
 
 def test_a_reader_that_has_gone_stops_nothing(world, tmp_path):
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    log = EventLog(world.loop, world.device, writer)
+    journal = Journal(writer)
+    EventLog(world.loop, world.device, journal)
     os.close(reader)
     world.port("org.test.1").open()
     assert world.device.ports[1].state.guest_connected
-    log.close()
+    journal.close()
 
 
 def test_a_fifo_without_a_reader_is_refused_at_once(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +84,7 @@ def test_any_bytes_are_events(data: bytes) -> None:
 @pytest.fixture
 def port(node: str, monkeypatch: pytest.MonkeyPatch) -> Port:
     """The only port of this machine, with a file for its node."""
-    found = replace(PORT, device=node)
+    found = PORT.replace(device=node)
     monkeypatch.setattr(events, "list_ports", lambda: [found])
     return found
 
@@ -103,7 +102,7 @@ def test_what_there_is_comes_first_and_then_what_happens(port: Port) -> None:
 def test_the_host_is_told_where_debugfs_knows(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:
     states = iter([None, False, False, True, False, None, True])
     monkeypatch.setattr(events, "TICK", 0.001)
-    monkeypatch.setattr(events, "list_ports", lambda: [replace(port, state=PortState(host_connected=False))])
+    monkeypatch.setattr(events, "list_ports", lambda: [port.replace(state=PortState(host_connected=False))])
     monkeypatch.setattr(events, "read_state", lambda sysname: PortState(host_connected=next(states)))
     monkeypatch.setattr(events._Watcher, "_sleep", lambda watcher: None)
     told = watch()

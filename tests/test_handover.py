@@ -438,17 +438,18 @@ def test_a_device_whose_ports_are_others_is_refused_before_it_is_paused(setting)
     """The taker was told the same options, and has made something else of them."""
     other = """
 import sys
-from vsport import cli, serve
-parse = serve.parse_configuration
+from vsport import cli, vm
+parse = vm.parse_configuration
 def parse_more(chardevs, devices):
-    return parse([*chardevs, "null,id=n"], [*devices, "virtconsole,chardev=n"])
-serve.parse_configuration = parse_more
+    return parse(chardevs, [*devices, "virtserialport,nr=7"])
+vm.parse_configuration = parse_more
 sys.exit(cli.main(["serve", "--takeover", sys.argv[1]]))
 """
     with running([sys.executable, "-c", other, str(setting.offer)]) as process:
         assert process.wait(PATIENCE) == 1
         said = process.stderr.read().decode()
     assert said.startswith("vsport serve: cannot take over from /")
+    assert "7 is too much" in said
     setting.goes_on()
     setting.ends()
 

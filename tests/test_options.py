@@ -50,12 +50,12 @@ def test_a_whole_command_line():
     configuration = parse_configuration(
         ["socket,id=c0,path=/run/a,server=on,wait=off", "pty,id=c1"],
         [
-            "virtio-serial-pci,id=vs,max_ports=5",
+            "virtio-serial-pci,id=vs,max_ports=5,packed=on",
             "virtserialport,bus=vs.0,nr=1,chardev=c0,name=org.qemu.guest_agent.0,id=p0",
             "virtconsole,chardev=c1",
         ],
     )
-    assert configuration.max_ports == 5
+    assert (configuration.max_ports, configuration.packed, configuration.in_order) == (5, True, False)
     assert [chardev.kind for chardev in configuration.chardevs] == ["socket", "pty"]
     assert configuration.ports == (
         PortOption(False, "p0", "c0", "org.qemu.guest_agent.0", 1),

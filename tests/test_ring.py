@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from raw_ring import FRONT_END, HALF, NEXT, WRITE, RawRing
+from raw_ring import FRONT_END, HALF, NEXT, WRAP, WRITE, RawPacked, RawRing
 
 from vsport._ring import DeviceQueue, DriverQueue, Memory, Region, Status
 from vsport.errors import DeviceError, FrontEndError, GuestError
@@ -40,6 +40,8 @@ class Pair:
     size: int = 8
     event_idx: bool = False
     indirect: bool = False
+    packed: bool = False
+    in_order: bool = False
     memory: Memory = field(init=False)
     driver: DriverQueue = field(init=False)
     device: DeviceQueue = field(init=False)
@@ -48,7 +50,15 @@ class Pair:
 
     def __post_init__(self) -> None:
         self.memory = Memory([Region(0, RAM, FRONT_END, mmap.mmap(-1, RAM), 0)])
-        self.driver = DriverQueue(self.memory, 0, self.size, event_idx=self.event_idx, indirect=self.indirect)
+        self.driver = DriverQueue(
+            self.memory,
+            0,
+            self.size,
+            event_idx=self.event_idx,
+            indirect=self.indirect,
+            packed=self.packed,
+            in_order=self.in_order,
+        )
         self.device = DeviceQueue(1)
         self.start()
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -63,8 +73,14 @@ class Pair:
             base=base,
             event_idx=self.event_idx,
             indirect=self.indirect,
+            packed=self.packed,
+            in_order=self.in_order,
             reset=reset,
         )
+
+    def place(self, chains: int) -> int:
+        """Where the device is after so many chains of one descriptor: in a packed ring the wrap counter begins as 1."""
+        return chains % self.size | (~(chains // self.size) & 1) << 15 if self.packed else chains
 
     def send(self, data: bytes, *, at: int = BUFFERS, pieces: int = 1) -> int:
         """Offers a readable chain that holds ``data``, cut into ``pieces``."""
@@ -128,9 +144,18 @@ def indirect(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-@pytest.fixture
-def pair(make: MakePair, event_idx: bool, indirect: bool) -> Pair:
-    return make(event_idx=event_idx, indirect=indirect)
+LAYOUTS = {
+    "split": {},
+    "packed": {"packed": True},
+    "split in order": {"in_order": True},
+    "packed in order": {"packed": True, "in_order": True},
+}
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(params=LAYOUTS)
+def pair(request: pytest.FixtureRequest, make: MakePair, event_idx: bool, indirect: bool) -> Pair:
+    return make(event_idx=event_idx, indirect=indirect, **LAYOUTS[request.param])
 
 
 def fill(fd: int) -> None:
@@ -298,9 +323,10 @@ def test_r_ring_11_drained_chains_come_back_with_length_0(pair: Pair) -> None:
     assert (pair.device.bytes_moved, pair.device.chains) == (6, 2)
 
 
+@layouts
 @pytest.mark.parametrize("size", [1, 2, 256, 32768])
-def test_r_ring_04_indices_wrap(make: MakePair, size: int, event_idx: bool) -> None:
-    pair = make(size=size, event_idx=event_idx)
+def test_r_ring_04_indices_wrap(make: MakePair, layout: str, size: int, event_idx: bool) -> None:
+    pair = make(size=size, event_idx=event_idx, **LAYOUTS[layout])
     buffer = [(BUFFERS, 3)]
     offered = 0
     while offered < 65536 + size:
@@ -315,7 +341,7 @@ def test_r_ring_04_indices_wrap(make: MakePair, size: int, event_idx: bool) -> N
         assert pair.device.pending() == size
         assert pair.device.discard() == 3 * ((size + 1) // 2)
         assert len(pair.collected()) == size
-    assert pair.device.next_avail == pair.device.used_idx == offered & 0xFFFF
+    assert pair.device.next_avail == pair.device.used_idx == pair.place(offered) & 0xFFFF
 
 
 @pytest.mark.parametrize("size", [1, 2, 256, 32768])
@@ -341,9 +367,10 @@ def test_r_ring_07_any_framing_is_the_same(pair: Pair, pieces: int) -> None:
     assert pair.host_reads() == b"abcdefgh"
 
 
+@layouts
 @pytest.mark.parametrize("count", [511, 512, 513, 3000])
-def test_r_ring_07_a_chain_of_more_pieces_than_a_batch_holds(make: MakePair, count: int) -> None:
-    pair = make(size=4, indirect=True)
+def test_r_ring_07_a_chain_of_more_pieces_than_a_batch_holds(make: MakePair, layout: str, count: int) -> None:
+    pair = make(size=4, indirect=True, **LAYOUTS[layout])
     data = PATTERN[:count]
     pair.send(data, pieces=count)
     assert pair.device.drain(pair.write_fd) is Status.EMPTY
@@ -410,13 +437,14 @@ def test_r_vu_89_a_half_consumed_chain_is_remembered(pair: Pair) -> None:
     data = PATTERN[:10000]
     pair.send(data, pieces=3)
     assert pair.device.drain(pair.write_fd) is Status.BLOCKED
-    assert (pair.device.offset, pair.device.next_avail, pair.device.pending()) == (4096, 0, 1)
+    assert (pair.device.offset, pair.device.next_avail, pair.device.pending()) == (4096, pair.place(0), 1)
     assert pair.collected() == [], "it still belongs to the device"
     received = pair.host_reads()
     assert pair.device.drain(pair.write_fd) is Status.EMPTY
     received += pair.host_reads()
     assert received[-10000:] == data
-    assert (pair.device.offset, pair.device.next_avail) == (0, 1)
+    slots = 3 if pair.packed and not pair.indirect else 1
+    assert (pair.device.offset, pair.device.next_avail) == (0, pair.place(slots))
     assert pair.collected() == [0]
 
 
@@ -425,7 +453,7 @@ def test_r_vu_20_a_stopped_queue_resumes_where_it_was(pair: Pair, reset: bool) -
     pair.send(b"abcdefgh", pieces=2)
     assert pair.device.drain(pair.write_fd, budget=3) is Status.MORE
     base = pair.device.stop()
-    assert (base, pair.device.offset) == (0, 3)
+    assert (base, pair.device.offset) == (pair.place(0), 3)
     pair.start(base=base, reset=reset)
     assert pair.device.drain(pair.write_fd) is Status.EMPTY
     assert pair.host_reads() == (b"abcabcdefgh" if reset else b"abcdefgh")
@@ -466,8 +494,8 @@ def test_a_restored_queue_goes_on_where_another_one_was(pair: Pair) -> None:
     where = pair.device.stop(), pair.device.offset
     pair.device = DeviceQueue(1)
     pair.device.restore(*where)
-    assert (pair.device.next_avail, pair.device.offset) == (0, 2)
-    pair.start(reset=False)
+    assert (pair.device.next_avail, pair.device.offset) == (pair.place(0), 2)
+    pair.start(base=where[0], reset=False)
     assert pair.device.drain(pair.write_fd) is Status.EMPTY
     assert pair.host_reads() == b"abcdef"
     assert pair.collected() == [0]
@@ -731,8 +759,9 @@ def test_a_signal_handlers_exception_ends_a_blocking_call(make: MakePair) -> Non
 # -- returning chains unread -------------------------------------------------------------------------------------------
 
 
-def test_discard_returns_everything_and_counts_readable_bytes(make: MakePair) -> None:
-    pair = make()
+@layouts
+def test_discard_returns_everything_and_counts_readable_bytes(make: MakePair, layout: str) -> None:
+    pair = make(**LAYOUTS[layout])
     pair.send(b"abcdef", at=BUFFERS)
     pair.send(b"ghi", at=BUFFERS + 64)
     pair.receive(100)
@@ -743,8 +772,9 @@ def test_discard_returns_everything_and_counts_readable_bytes(make: MakePair) ->
     assert pair.device.discard() == 0
 
 
-def test_r_con_48_a_half_consumed_chain_is_returned_and_the_next_one_stays(make: MakePair) -> None:
-    pair = make()
+@layouts
+def test_r_con_48_a_half_consumed_chain_is_returned_and_the_next_one_stays(make: MakePair, layout: str) -> None:
+    pair = make(**LAYOUTS[layout])
     pair.send(b"abcdef", at=BUFFERS)
     pair.send(b"ghi", at=BUFFERS + 64)
     assert pair.device.return_partial() == 0, "nothing is half consumed"
@@ -775,8 +805,9 @@ def test_r_con_42_a_buffer_without_a_byte_stays_with_the_device(pair: Pair) -> N
     assert pair.device.pending() == 1
 
 
-def test_fill_says_why_it_came_back(make: MakePair) -> None:
-    pair = make()
+@layouts
+def test_fill_says_why_it_came_back(make: MakePair, layout: str) -> None:
+    pair = make(**LAYOUTS[layout])
     os.write(pair.write_fd, b"abc")
     assert pair.device.fill(pair.read_fd) is Status.EMPTY
     pair.receive(2, 100, 100)
@@ -794,8 +825,9 @@ def test_fill_says_why_it_came_back(make: MakePair) -> None:
 
 
 @pytest.mark.parametrize("size", [256, 32768])
-def test_fill_takes_more_and_more_as_long_as_there_is_more(make: MakePair, size: int, tmp_path) -> None:
-    pair = make(size=size)
+@layouts
+def test_fill_takes_more_and_more_as_long_as_there_is_more(make: MakePair, layout: str, size: int, tmp_path) -> None:
+    pair = make(size=size, **LAYOUTS[layout])
     data = os.urandom(200 * 64)
     (tmp_path / "data").write_bytes(data)
     pair.driver.add((), [(BUFFERS, 10), (BUFFERS + 10, 54)])
@@ -898,6 +930,56 @@ def test_r_ring_23_a_call_that_was_due_when_the_queue_stopped_is_made_after_it_r
 def test_a_queue_that_starts_afresh_has_nothing_to_call_for(pair: Pair) -> None:
     pair.start()
     assert not pair.device.notify()
+
+
+def event(place: int, wish: int) -> bytes:
+    """A packed ring's event structure: 0 always, 1 never, 2 at that place (R-RING-41)."""
+    return place.to_bytes(2, "little") + wish.to_bytes(2, "little")
+
+
+@pytest.mark.parametrize(
+    ("asked", "calls"),
+    [
+        (event(0, 0), [True] * 6),
+        (event(0, 1), [False] * 6),
+        (event(0, 3), [True] * 6),
+        (event(WRAP | 1, 2), [True, False, False, False, False, True]),
+        (event(WRAP | 2, 2), [True, True, False, False, False, False]),
+        (event(0, 2), [True, False, True, False, False, False]),
+        (event(1, 2), [True, False, False, True, False, False]),
+        (event(2, 2), [True, False, False, True, False, False]),
+        (event(WRAP, 2), [True, False, False, False, False, True]),
+    ],
+)
+def test_r_ring_48_a_packed_driver_is_called_when_its_slot_is_passed(asked: bytes, calls: list[bool]) -> None:
+    """Six chains of two slots in a ring of five, so slots 0 to 11; the first one calls in any case (R-RING-23)."""
+    ring = RawPacked(5, start=False)
+    ring.start(event_idx=True)
+    ring.memory.write(ring.avail, asked)
+    ring.put(0, ring.data, 1, NEXT, 1)
+    ring.put(1, ring.data, 1)
+    called = []
+    for _ in range(6):
+        ring.offered.clear()
+        ring.offer(0)
+        assert ring.queue.discard() == 2
+        called.append(ring.queue.notify())
+    assert called == calls
+
+
+def test_r_ring_41_a_packed_device_says_when_to_kick() -> None:
+    ring = RawPacked()
+    assert ring.memory.read(ring.used, 4) == event(0, 0)
+    ring.queue.kicks_off()
+    assert ring.memory.read(ring.used, 4) == event(0, 1)
+    ring.start(event_idx=True)
+    ring.put(0, ring.data, 1)
+    ring.offer(0, 0, 0)
+    assert ring.memory.read(ring.used, 4) == event(WRAP, 2)
+    assert ring.queue.kicks_on()
+    assert ring.memory.read(ring.used, 4) == event(WRAP | 3, 2), "behind what is there already"
+    ring.queue.kicks_off()
+    assert ring.memory.read(ring.used, 4) == event(WRAP | 3, 2), "it kicks once"
 
 
 def test_r_ring_20_flags_suppress_calls_without_event_index() -> None:
@@ -1184,10 +1266,13 @@ def be_driver(pair: Pair, kick: int, call: int, rounds: int) -> None:
         pair.driver.calls_off()
 
 
+@layouts
 @pytest.mark.parametrize("size", [1, 4])
-def test_r_ring_18_no_wake_up_is_lost_in_either_direction(make: MakePair, event_idx: bool, size: int) -> None:
+def test_r_ring_18_no_wake_up_is_lost_in_either_direction(
+    make: MakePair, layout: str, event_idx: bool, size: int
+) -> None:
     """Two processes that sleep whenever the ring lets them: a lost notification would leave both asleep."""
-    pair = make(size=size, event_idx=event_idx)
+    pair = make(size=size, event_idx=event_idx, **LAYOUTS[layout])
     kick, call = os.eventfd(0), os.eventfd(0)
     pair.device.call_fd = call
     rounds = 30000
@@ -1267,8 +1352,9 @@ def test_the_driver_lays_its_queue_out_as_the_specification_wants() -> None:
             DriverQueue(memory, 8192, size)
 
 
-def test_the_driver_goes_on_in_a_copy_of_its_memory(make: MakePair) -> None:
-    pair = make(size=4, indirect=True)
+@layouts
+def test_the_driver_goes_on_in_a_copy_of_its_memory(make: MakePair, layout: str) -> None:
+    pair = make(size=4, indirect=True, **LAYOUTS[layout])
     heads = [pair.send(b"one")]
     pair.device.discard()
     heads.append(pair.driver.add([(BUFFERS, 4)], indirect_table=TABLES))
@@ -1310,8 +1396,9 @@ def test_a_driver_that_moves_leaves_the_memory_as_it_is(make: MakePair) -> None:
     assert memory.read(0, 8192) == PATTERN[:8192]
 
 
-def test_the_driver_counts_its_descriptors(make: MakePair) -> None:
-    pair = make(size=4, indirect=True)
+@layouts
+def test_the_driver_counts_its_descriptors(make: MakePair, layout: str) -> None:
+    pair = make(size=4, indirect=True, **LAYOUTS[layout])
     with pytest.raises(ValueError, match="at least one element"):
         pair.driver.add()
     first = pair.driver.add([(BUFFERS, 1), (BUFFERS, 1)], [(BUFFERS + 8, 1)])
@@ -1385,6 +1472,64 @@ def test_r_ring_15_the_driver_takes_completions_in_any_order(make: MakePair) -> 
     assert sorted(pair.driver.add((), [(BUFFERS, 4)] * 2) for _ in range(4)) == sorted({*heads})
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_r_ring_51_a_driver_takes_skipped_chains_as_full_ones(make: MakePair, packed: bool) -> None:
+    pair = make(packed=packed, in_order=True)
+    heads = [pair.driver.add((), [(BUFFERS, 4)] * (1 + i % 2)) for i in range(4)]
+    pair.driver.publish()
+    used(pair, heads[2], 3)
+    assert [pair.driver.collect() for _ in range(3)] == [(heads[0], 4), (heads[1], 8), (heads[2], 3)]
+    assert (pair.driver.collect(), pair.driver.free, pair.driver.in_flight) == (None, 6, 1)
+    assert not pair.driver.all_used()
+
+
+def used(pair: Pair, head: int, length: int) -> None:
+    """Writes the first used entry by hand; it is for the first three chains."""
+    if pair.packed:
+        entry = length.to_bytes(4, "little") + head.to_bytes(2, "little") + (0x8082).to_bytes(2, "little")
+        pair.memory.write(pair.driver.desc + 8, entry)
+    else:
+        pair.memory.write(pair.driver.used + 4, head.to_bytes(4, "little") + length.to_bytes(4, "little"))
+        pair.memory.write(pair.driver.used + 2, b"\3\0")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_r_ring_52_a_driver_in_order_uses_descriptors_one_after_the_other(make: MakePair, packed: bool) -> None:
+    pair = make(size=8, packed=packed, in_order=True)
+    heads = []
+    for _ in range(6):
+        heads += [pair.driver.add([(BUFFERS, 1)] * 3), pair.driver.add([(BUFFERS, 1)])]
+        pair.driver.publish()
+        pair.device.discard()
+        pair.collected()
+    assert heads == ([0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3] if packed else [0, 3, 4, 7] * 3), "ids, or heads"
+
+
+@pytest.mark.parametrize(
+    ("used", "why"),
+    [((8, 0x8080), "did not have"), ((1, 0x8080), "did not have"), ((0, 0x8082), "more than there was room for")],
+)
+def test_r_ring_84_a_packed_device_that_returns_nonsense_breaks_the_queue(
+    make: MakePair, used: tuple[int, int], why: str
+) -> None:
+    pair = make(packed=True)
+    pair.driver.add([(BUFFERS, 100)], [(BUFFERS + 200, 4)])
+    pair.driver.publish()
+    id, flags = used
+    pair.memory.write(pair.driver.desc + 8, (5).to_bytes(4, "little") + (id | flags << 16).to_bytes(4, "little"))
+    with pytest.raises(DeviceError, match=f"R-RING-84: .*{why}"):
+        pair.driver.collect()
+    assert pair.driver.broken
+
+
+def test_r_ring_45_a_used_length_without_the_write_flag_means_nothing(make: MakePair) -> None:
+    pair = make(packed=True)
+    pair.driver.add((), [(BUFFERS, 4)])
+    pair.driver.publish()
+    pair.memory.write(pair.driver.desc + 8, (5).to_bytes(4, "little") + (0x8080 << 16).to_bytes(4, "little"))
+    assert pair.collected() == [0]
+
+
 def test_a_driver_that_wants_calls_gets_one_for_each_batch(pair: Pair) -> None:
     for _ in range(3):
         complete_one(pair)
@@ -1411,6 +1556,7 @@ def test_r_ring_18_the_driver_asks_for_calls_and_misses_none(pair: Pair) -> None
 
 def test_the_bytes_plane_imports_nothing_of_vsport_but_its_errors() -> None:
     """The import rules of the linter do not see Cython."""
-    source = pathlib.Path(__file__).parent.parent / "vsport" / "_ring.pyx"
-    imports = re.findall(r"^\s*(?:from|c?import)\s+(vsport\S*|guest_tools\S*|\.\S*)", source.read_text(), re.MULTILINE)
+    package = pathlib.Path(__file__).parent.parent / "vsport"
+    source = "\n".join(path.read_text() for path in (package / "_ring.pyx", *package.glob("ring/*.pxi")))
+    imports = re.findall(r"^\s*(?:from|c?import)\s+(vsport\S*|guest_tools\S*|\.\S*)", source, re.MULTILINE)
     assert imports == ["vsport.errors"]

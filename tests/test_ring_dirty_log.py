@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
@@ -339,23 +340,24 @@ class Watched:
 
     def watched(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*arguments: object, **options: object) -> object:
-            before, used_idx = self.image(), self.queue.used_idx
+            before, chains = self.image(), self.queue.chains
             try:
                 return call(*arguments, **options)
             finally:
-                completed = (self.queue.used_idx - used_idx) & 0xFFFF if name != "start" else 0
-                self.check(before, used_idx, completed, speaks=name in ("start", "kicks_on", "kicks_off"))
+                self.check(before, self.queue.chains - chains, speaks=name in ("start", "kicks_on", "kicks_off"))
 
         return wrapped
 
     def image(self) -> list[bytes]:
         return [bytes(region.buffer) for region in self.machine.memory.regions]
 
-    def check(self, before: list[bytes], used_idx: int, completed: int, *, speaks: bool) -> None:
+    def check(self, before: list[bytes], completed: int, *, speaks: bool) -> None:
         """The marks are exactly the written pages' ones; those of the used ring are at its own address."""
-        driver, marks = self.machine.driver, marked(self.log.take())
-        used_size = 6 + 8 * driver.size
-        written = set().union(*(self.written(used_idx, number) for number in range(completed)))
+        machine, driver, marks = self.machine, self.machine.driver, marked(self.log.take())
+        used_size = 4 if machine.packed else 6 + 8 * driver.size
+        written = set().union(*(self.written(number) for number in range(completed)))
+        if machine.packed and completed:
+            written |= pages(driver.desc, 16)  # the descriptors are all on one page
         assert {page for page in marks if page < RAM // PAGE} == written
         assert self.changed(before) - pages(driver.used, used_size) <= written
         marks -= written
@@ -364,11 +366,21 @@ class Watched:
         assert {(USED_AT + i) // PAGE for i in changed} <= marks <= pages(USED_AT, used_size)
         assert bool(marks) <= (speaks or completed > 0)
 
-    def written(self, used_idx: int, number: int) -> set[int]:
+    def written(self, number: int) -> set[int]:
         """The pages that were written to of the chain that was the ``number``-th to be completed."""
-        driver, chain = self.machine.driver, self.machine.offered[number]
-        place = driver.used + 4 + 8 * ((used_idx + number) % driver.size)
-        head, length = (int.from_bytes(self.machine.memory.read(place + at, 4), "little") for at in (0, 4))
+        machine, driver = self.machine, self.machine.driver
+        chain, slots = machine.offered[number], sum(machine.offered[i].slots for i in range(number))
+        used_idx = len(machine.used) + number
+        if not isinstance(machine, Receive):
+            return set()
+        if machine.packed:
+            slots += sum(used.slots for used in machine.used)
+            length, head, flags = struct.unpack(
+                "<IHH", machine.memory.read(driver.desc + 16 * (slots % driver.size) + 8, 8)
+            )
+            length = length if flags & WRITE else 0
+        else:
+            head, length = struct.unpack("<II", machine.memory.read(driver.used + 4 + 8 * (used_idx % driver.size), 8))
         assert head == chain.head
         return pages(chain.gpa, length)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, rule
 from raw_ring import FLIGHT_ENTRY, FLIGHT_HEAD, USED, WRITE, RawFlight, RawRing
@@ -483,7 +483,10 @@ def test_r_ring_82_a_region_that_is_gone_before_the_start() -> None:
 class Crashing(QueueModel):
     """A device of which nothing is left now and then but its region."""
 
+    PACKED = st.just(False)  # R-VU-90
+
     def make_device(self) -> DeviceQueue:
+        assume(not self.packed)  # R-VU-90
         if not hasattr(self, "flight"):
             self.flight = RawFlight(self.size)
         device = DeviceQueue(0)

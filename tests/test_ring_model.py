@@ -1,7 +1,7 @@
 """The engine's two sides against a model in plain Python that knows only what a queue is: chains in, chains out.
 
-Two machines, one for each direction of a port. After each step the shared memory itself is compared with the model,
-and whoever sleeps must have nothing to wake up for.
+Split and packed, with and without IN_ORDER: a queue is the same. Two machines, one for each direction of a port. After
+each step the shared memory itself is compared with the model, and whoever sleeps must have nothing to wake up for.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ class Chain:
     head: int
     gpa: int
     size: int
+    slots: int
     written: int = 0
 
 
 class QueueModel(RuleBasedStateMachine):
     """What both directions have in common: the driver's half, and notifications."""
+
+    PACKED = st.booleans()
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,13 +51,22 @@ class QueueModel(RuleBasedStateMachine):
         self.chains_before = 0
         self.read_fd, self.write_fd = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
-    @initialize(size=st.sampled_from([1, 2, 8]), event_idx=st.booleans(), indirect=st.booleans())
-    def make(self, size: int, event_idx: bool, indirect: bool) -> None:
-        self.size, self.event_idx, self.indirect = size, event_idx, indirect
+    @initialize(
+        size=st.sampled_from([1, 2, 3, 7, 8]),
+        event_idx=st.booleans(),
+        indirect=st.booleans(),
+        packed=st.runner().flatmap(lambda machine: machine.PACKED),
+        in_order=st.booleans(),
+    )
+    def make(self, size: int, event_idx: bool, indirect: bool, packed: bool, in_order: bool) -> None:
+        self.size = size if packed else {3: 4, 7: 8}.get(size, size)
+        self.event_idx, self.indirect, self.packed, self.in_order = event_idx, indirect, packed, in_order
         self.memory = Memory(
             [Region(0, RAM // 2, RAM, bytearray(RAM // 2), 0), Region(RAM // 2, RAM // 2, 0, bytearray(RAM // 2), 0)]
         )
-        self.driver = DriverQueue(self.memory, 0, size, event_idx=event_idx, indirect=indirect)
+        self.driver = DriverQueue(
+            self.memory, 0, self.size, event_idx=event_idx, indirect=indirect, packed=packed, in_order=in_order
+        )
         self.device = self.make_device()
         self.start(0, reset=True)
 
@@ -72,6 +84,8 @@ class QueueModel(RuleBasedStateMachine):
             base=base,
             event_idx=self.event_idx,
             indirect=self.indirect,
+            packed=self.packed,
+            in_order=self.in_order,
             reset=reset,
         )
 
@@ -111,7 +125,7 @@ class QueueModel(RuleBasedStateMachine):
             assert needed > room
             return None
         assert self.driver.free == room - needed
-        self.added.append(Chain(head, self.next_gpa, sum(sizes)))
+        self.added.append(Chain(head, self.next_gpa, sum(sizes), needed))
         self.next_gpa = gpa
         return self.added[-1]
 
@@ -173,16 +187,38 @@ class QueueModel(RuleBasedStateMachine):
 
     @invariant()
     def memory_says_the_same(self) -> None:
+        assert self.device.pending() == len(self.offered)
+        assert self.device.chains == len(self.used) - self.chains_before
+        assert self.driver.all_used() is (not self.offered)
+        if self.packed:
+            self.packed_ring_says_the_same()
+        else:
+            self.split_ring_says_the_same()
+
+    def split_ring_says_the_same(self) -> None:
         """The index fields and the used elements as bytes, read without the engine's help."""
         ring = self.driver
         assert self.read16(ring.used + 2) == len(self.used) & 0xFFFF == self.device.used_idx
         assert self.read16(ring.avail + 2) == (len(self.used) + len(self.offered)) & 0xFFFF
         assert self.device.next_avail == len(self.used) & 0xFFFF
-        assert self.device.pending() == len(self.offered)
-        assert self.device.chains == len(self.used) - self.chains_before
-        for i in range(max(0, len(self.used) - self.size), len(self.used)):
+        for i in range(max(0, len(self.used) - self.size), len(self.used) if not self.in_order else 0):
             element = self.memory.read(ring.used + 4 + 8 * (i % self.size), 8)
             assert element == self.used[i].head.to_bytes(4, "little") + self.used[i].written.to_bytes(4, "little")
+
+    def packed_ring_says_the_same(self) -> None:
+        """Where the device is, and what the flags of the heads that were offered and not used say (R-RING-42)."""
+        passed = sum(chain.slots for chain in self.used)
+        assert self.device.next_avail == self.device.used_idx == self.place(passed)
+        for chain in self.offered:
+            flags = self.read16(self.driver.desc + 16 * (passed % self.size) + 14)
+            assert flags & 0x8080 == (0x80 if self.place(passed) >> 15 else 0x8000)
+            passed += chain.slots
+        flags = self.read16(self.driver.desc + 16 * (passed % self.size) + 14)
+        assert flags & 0x8080 != (0x80 if self.place(passed) >> 15 else 0x8000)
+
+    def place(self, slots: int) -> int:
+        """Where a packed ring is after so many slots; its wrap counter begins with 1."""
+        return slots % self.size | (~(slots // self.size) & 1) << 15
 
     def read16(self, gpa: int) -> int:
         return int.from_bytes(self.memory.read(gpa, 2), "little")

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from daemons import PATIENCE, answers, connect, daemon, serves, wait_for
+from daemons import PATIENCE, Conversation, Machine, answers, connect, daemon, serves, wait_for
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
@@ -184,3 +184,26 @@ def test_it_sleeps_when_nothing_happens(tmp_path):
                 return sum(int(line.split()[1]) for line in status if "ctxt_switches" in line)
 
         wait_for(lambda: (before := switches(), time.sleep(0.2), switches() == before)[-1], "it sleeps through")
+
+
+def processor_time(process):
+    """Nanoseconds on a processor so far."""
+    with open(f"/proc/{process.pid}/schedstat") as file:
+        return int(file.read().split()[0])
+
+
+def test_a_port_that_was_busy_costs_nothing_when_its_traffic_ends(tmp_path):
+    """However long it may look for more instead of sleeping: it sleeps in the end."""
+    chardev, vm = tmp_path / "c.sock", tmp_path / "vm.sock"
+    options = ["--chardev", f"socket,id=c0,path={chardev},server=on,wait=off"]
+    options += ["--device", "virtserialport,chardev=c0,name=org.test.0", "--poll-max-ns", "100000000"]
+    with daemon("--socket-path", vm, *options) as process:
+        wait_for(vm.exists, "the daemon listens")
+        with Machine(vm) as machine, connect(chardev) as host:
+            talk = Conversation(machine, machine.port("org.test.0"), host)
+            talk.flow()
+            talk.check()
+            machine.loop.run_until(lambda: False, 1.0)
+            before = processor_time(process)
+            machine.loop.run_until(lambda: False, 1.0)
+            assert processor_time(process) == before

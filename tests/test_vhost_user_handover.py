@@ -9,10 +9,22 @@ import socket
 from copy import deepcopy
 
 import pytest
-from front_end import USER, VIRTIO_FEATURES, ConsoleDriver, Disconnected, FrontEnd, GuestMemory, Qemu, Uml, open_fds
+from front_end import (
+    LAYOUT_FEATURES,
+    LAYOUTS,
+    USER,
+    VIRTIO_FEATURES,
+    ConsoleDriver,
+    Disconnected,
+    FrontEnd,
+    GuestMemory,
+    Qemu,
+    Uml,
+    open_fds,
+)
 
 from vsport.connection import Cause
-from vsport.constants import Event
+from vsport.constants import Event, Feature
 from vsport.control import Message
 from vsport.device import SerialDevice
 from vsport.document import DocumentError, Fields
@@ -69,9 +81,9 @@ class HostProgram(BackEnd):
 class Side:
     """A process, so to say: a loop, a device whose port 1 has a host, a server."""
 
-    def __init__(self):
+    def __init__(self, layout):
         self.loop = Loop()
-        self.device = SerialDevice(max_ports=3)
+        self.device = SerialDevice(max_ports=3, **layout)
         self.device.on_backlog = lambda index: self.loop.call_soon(lambda: self.device.kick(index))
         self.port = self.device.add_port(PortConfig(1, "org.test.0"))
         self.host = HostProgram(self.port)
@@ -86,9 +98,10 @@ class Side:
 class World:
     """Two sides, one after the other the one that has the device; both loops run, and only one has anything to do."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, layout):
         self.path = str(directory / "vu.sock")
-        self.sides = [Side(), Side()]
+        self.layout = layout
+        self.sides = [Side(layout), Side(layout)]
         self.side.port.feed(Cause.HOST_CONNECT)
         self.front_ends = []
         self.memory = GuestMemory()
@@ -145,7 +158,7 @@ class World:
         giver.server.release()
         giver.loop.run_once(0)
         giver.close()
-        self.sides = [taker, Side()]
+        self.sides = [taker, Side(self.layout)]
         taker.server.resume()
 
     def close(self):
@@ -156,9 +169,12 @@ class World:
         self.memory.close()
 
 
+layouts = pytest.mark.parametrize("world", LAYOUTS.values(), ids=LAYOUTS, indirect=True)
+
+
 @pytest.fixture
-def world(tmp_path):
-    world = World(tmp_path)
+def world(tmp_path, request):
+    world = World(tmp_path, getattr(request, "param", {}))
     world.side.server.listen(world.path)
     yield world
     world.close()
@@ -168,7 +184,7 @@ def world(tmp_path):
 def running(world):
     """A driver whose rings are live, and whose port 1 is open, with a host."""
     front_end = world.connect()
-    front_end.negotiate()
+    front_end.negotiate(features=VIRTIO_FEATURES | Feature(world.device.features & LAYOUT_FEATURES))
     front_end.share(world.memory)
     driver = ConsoleDriver(front_end, world.memory)
     front_end.resume()
@@ -249,7 +265,7 @@ def test_a_listener_goes_over_with_its_socket_file(world):
 @pytest.mark.parametrize("kind", ["listening", "connected"])
 def test_inherited_sockets_go_over(tmp_path, kind):
     """R-VU-103: a listener's file is not ours; after a connection nobody can come."""
-    world = World(tmp_path)
+    world = World(tmp_path, {})
     with socket.socket(socket.AF_UNIX) as listener:
         if kind == "listening":
             listener.bind(world.path)
@@ -314,6 +330,7 @@ def test_hooks_are_called_for_what_happens_here(world, running):
 # -- rings -------------------------------------------------------------------------------------------------------------
 
 
+@layouts
 @pytest.mark.parametrize("seed", range(8))
 def test_no_byte_is_lost_or_doubled_under_traffic(world, running, seed):
     """R-VU-20, R-VU-53, R-VU-89: chains half consumed by a slow host, kicks on their way, full and empty rings."""
@@ -346,6 +363,7 @@ def test_no_byte_is_lost_or_doubled_under_traffic(world, running, seed):
     assert running.hear() == []
 
 
+@layouts
 def test_a_half_consumed_chain_goes_on_where_it_was(world, running):
     world.host.room = 5
     running.offer(running.PORT_TX, b"hello world")

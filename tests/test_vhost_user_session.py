@@ -5,6 +5,7 @@ import socket
 
 import pytest
 from front_end import (
+    LAYOUTS,
     USER,
     VIRTIO_FEATURES,
     Bench,
@@ -39,10 +40,13 @@ from vsport.vhost_user.message import (
 )
 from vsport.vhost_user.session import OFFERED
 
+layouts = pytest.mark.parametrize("bench", LAYOUTS.values(), ids=LAYOUTS, indirect=True)
+"""Tests that are run with split rings, with packed ones, and in order."""
+
 
 @pytest.fixture
-def bench(tmp_path):
-    bench = Bench(tmp_path)
+def bench(tmp_path, request):
+    bench = Bench(tmp_path, **getattr(request, "param", {}))
     yield bench
     bench.close()
 
@@ -50,7 +54,7 @@ def bench(tmp_path):
 @pytest.fixture
 def front_end(bench):
     front_end = bench.connect(FrontEnd)
-    front_end.negotiate()
+    front_end.negotiate(features=bench.features)
     return front_end
 
 
@@ -479,6 +483,48 @@ def test_get_vring_base_stops_a_ring_and_says_where(bench, running):
     assert front_end.get_base(3) == 4
 
 
+packed = pytest.mark.parametrize("bench", [LAYOUTS["packed"]], ids=["packed"], indirect=True)
+
+
+@packed
+def test_a_packed_ring_has_two_places_which_are_one(running):
+    """R-VU-18, R-VU-20: where the device would take a chain is where it would return it; each has its wrap counter."""
+    front_end = running.front_end
+    ring = front_end.rings[running.CONTROL_TX]
+    assert front_end.get_base(ring.index) == 0x8003_8003
+    for num in (0x8003_8002, 0x8003_0003, 0x0003_8003, 3, 0x8000_0000):
+        with pytest.raises(Refused):
+            front_end.tell(Request.SET_VRING_BASE, vring(ring.index, num))
+    ring.base = 0x8003_8003
+    front_end.start(ring)
+    for _ in range(6):  # and a turn further
+        running.say(Message(1, Event.PORT_OPEN, 1))
+        front_end.until(ring.driver.all_used)
+    assert front_end.get_base(ring.index) == 0x0001_0001
+
+
+@packed
+def test_a_packed_ring_that_begins_beyond_its_end_does_not_start(bench, front_end, memory):
+    """R-VU-18, R-RING-40: 7 slots are a ring, and slot 7 is none of them."""
+    front_end.share(memory)
+    ring = front_end.make_ring(3, memory, 0, size=7)
+    ring.base = 0x8007_8007
+    with pytest.raises(Refused):
+        front_end.start(ring)
+    ring.base = 0x8006_8006
+    front_end.start(ring)
+    assert bench.device.queues[3].size == 7
+
+
+@packed
+def test_chains_in_flight_are_not_kept_for_packed_rings(bench, front_end):
+    """R-VU-90."""
+    inflight = front_end.get_inflight(8, 8)
+    with pytest.raises(Refused):
+        front_end.set_inflight(inflight)
+    inflight.close()
+
+
 def test_a_kick_of_a_ring_that_is_not_live_is_ignored(bench, front_end, memory):
     """R-RING-83: with nothing set up, and with nothing new."""
     ring = front_end.make_ring(3, memory, 0)
@@ -715,7 +761,7 @@ def test_a_channel_has_to_be_a_stream_socket(front_end):
 def qemu(bench, memory):
     front_end = bench.connect(Qemu)
     front_end.attach(num_vqs=8)
-    front_end.features = VIRTIO_FEATURES
+    front_end.features = bench.features
     driver = ConsoleDriver(front_end, memory)
     front_end.resume(memory)
     driver.open_port()
@@ -727,16 +773,18 @@ def uml(bench):
     memory = bench.make_memory((0x60C3_4000, 1 << 20), offset=0x60C3_4000 & 0xFFFFF, user=0)
     front_end = bench.connect(Uml)
     front_end.attach()
-    front_end.features = VIRTIO_FEATURES
+    front_end.features = bench.features
     return front_end, memory
 
 
+@layouts
 def test_qemu_starts(bench, qemu):
     """R-VU-13, R-VU-34, R-VU-36, R-VU-43, R-VU-55, R-VU-57, R-VU-58."""
     assert bench.device.ports[1].state.guest_connected
     assert all(bench.device.queues[index].running for index in qemu.QUEUES)
 
 
+@layouts
 def test_a_paused_qemu_goes_on_where_it_was(bench, qemu):
     """R-VU-57, R-VU-70, R-VU-71, R-MIG-25: the port stays open, and nothing is lost."""
     opens = bench.device.ports[1].counters.guest_opens
@@ -752,6 +800,7 @@ def test_a_paused_qemu_goes_on_where_it_was(bench, qemu):
     assert qemu.hear() == []
 
 
+@layouts
 def test_a_rebooted_qemu_begins_anew(bench, qemu):
     """R-VU-70, R-VU-71, R-CON-38: rings that go back to 0 tell it from a pause; regions stay (R-VU-34)."""
     for _ in range(3):
@@ -764,6 +813,7 @@ def test_a_rebooted_qemu_begins_anew(bench, qemu):
     assert bench.device.ports[1].counters.guest_opens == 4
 
 
+@layouts
 def test_a_reboot_into_a_driver_with_fewer_queues_begins_anew(bench, qemu):
     """R-VU-71: firmware may use the first two queues only."""
     qemu.front_end.pause()
@@ -777,12 +827,13 @@ def test_a_reboot_into_a_driver_with_fewer_queues_begins_anew(bench, qemu):
     assert not bench.device.queues[3].running
 
 
+@layouts
 def test_a_ring_that_is_not_in_memory_any_more_says_nothing_about_a_reboot(bench, qemu):
     """R-VU-71: its used index cannot be read, so the rings that can be read decide."""
     front_end = qemu.front_end
     front_end.pause()
     for index in (2, 4):
-        front_end.tell(Request.SET_VRING_BASE, vring(index, 0))
+        front_end.tell(Request.SET_VRING_BASE, vring(index, 0x8000_8000 if front_end.rings[index].driver.packed else 0))
     front_end.remove_region(qemu.memory.wire[0])
     other = bench.make_memory((0x100_0000, 0x10000))
     front_end.add_region(other.wire[0], other.fd)
@@ -792,6 +843,7 @@ def test_a_ring_that_is_not_in_memory_any_more_says_nothing_about_a_reboot(bench
     assert bench.device.ports[1].state.guest_connected
 
 
+@layouts
 def test_front_ends_that_start_rings_one_by_one_are_understood(bench, running):
     """R-VU-71: a pause stays a pause, a reboot a reboot, whichever ring comes first."""
     front_end = running.front_end

@@ -106,11 +106,11 @@ def test_a_state_is_saved_and_loaded(bench, tmp_path):
 
 
 @pytest.fixture
-def daemons(tmp_path):
+def daemons(tmp_path, request):
     """Two that listen: where a machine is, and where it goes."""
     daemons = []
     for name in ("0", "1"):
-        daemons.append(Daemon(tmp_path, name))
+        daemons.append(Daemon(tmp_path, name, getattr(request, "param", "virtio-serial")))
         daemons[-1].listen()
     yield daemons
     for daemon in daemons:
@@ -134,6 +134,12 @@ def drained(host):
     return bytes(data)
 
 
+@pytest.mark.parametrize(
+    "daemons",
+    ["virtio-serial", "virtio-serial-pci,packed=on", "virtio-serial,in_order=on,packed=on"],
+    ids=["split", "packed", "packed in order"],
+    indirect=True,
+)
 def test_a_machine_moves_while_its_port_is_half_consumed(daemons):
     """R-VU-89, R-VU-92: a chain that the host had begun to take is where it was, and the port works on."""
     source, target = daemons

@@ -1,7 +1,7 @@
 /* The memory ordering of what is shared with others, and nothing else.
  *
- * Rings (R-RING-16 to 19): every index, flag and event field that both sides touch is one aligned little-endian 16-bit
- * word. It is read and written here only, in one access. The callers have checked the alignment (R-RING-09). Dirty logs
+ * Rings (R-RING-16 to 19): every index, flag and event field that both sides touch is one aligned little-endian word of
+ * 16 bits, or 32 for a packed ring's event structure. It is read and written here only, in one access. The callers have checked the alignment (R-RING-09). Dirty logs
  * (R-VU-80) and in-flight regions (R-VU-85) follow below.
  */
 #ifndef VSPORT_ATOMICS_H
@@ -14,6 +14,16 @@
 static inline uint16_t vs_load16(const uint8_t *word)
 {
     return le16toh(atomic_load_explicit((const _Atomic(uint16_t) *)word, memory_order_relaxed));
+}
+
+static inline uint32_t vs_load32(const uint8_t *word)
+{
+    return le32toh(atomic_load_explicit((const _Atomic(uint32_t) *)word, memory_order_relaxed));
+}
+
+static inline void vs_store32(uint8_t *word, uint32_t value)
+{
+    atomic_store_explicit((_Atomic(uint32_t) *)word, htole32(value), memory_order_relaxed);
 }
 
 /* What the peer stored before it released this word is visible after this load. */

@@ -28,8 +28,10 @@ cdef extern from "<unistd.h>" nogil:
 
 cdef extern from "_atomics.h" nogil:
     uint16_t load16 "vs_load16" (const uint8_t *word)
+    uint32_t load32 "vs_load32" (const uint8_t *word)
     uint16_t load16_acquire "vs_load16_acquire" (const uint8_t *word)
     void store16 "vs_store16" (uint8_t *word, uint16_t value)
+    void store32 "vs_store32" (uint8_t *word, uint32_t value)
     void store16_release "vs_store16_release" (uint8_t *word, uint16_t value)
     void full_fence "vs_full_fence" ()
     void mark8 "vs_mark8" (uint8_t *byte, uint8_t bits)
@@ -43,6 +45,9 @@ cdef extern from "_atomics.h" nogil:
     bint flag_get "vs_flag_get" (const int *flag)
     void flag_set "vs_flag_set" (int *flag)
 
+cdef extern from "<stdint.h>" nogil:
+    uint32_t UINT32_MAX
+
 cdef extern from "_sigbus.h":
     struct vs_guard:
         pass
@@ -50,17 +55,21 @@ cdef extern from "_sigbus.h":
     void guard_remove "vs_guard_remove" (vs_guard *guard)
 
 
-# -- in shared memory (2.7.5, 2.7.8, R-VU-85) --------------------------------------------------------------------------
+# -- in shared memory (2.7.5, 2.7.8, 2.8.13, R-VU-85) ------------------------------------------------------------------
 
 cdef struct Desc:
     uint64_t addr
     uint32_t len
     uint16_t flags
-    uint16_t next
+    uint16_t next               # a packed ring has the buffer's id here, and the two fields the other way round
 
 cdef struct UsedElem:
     uint32_t id
     uint32_t len
+
+cdef struct UsedDesc:           # the part of a packed descriptor that the device writes, without its flags
+    uint32_t len
+    uint16_t id
 
 cdef struct FlightEntry:
     uint8_t inflight
@@ -105,18 +114,27 @@ cdef struct Fault:
 cdef struct Ring:
     GuestMemory *mem
     uint8_t *desc               # NULL while stopped
-    uint8_t *avail
-    uint8_t *used
-    uint32_t size               # a power of two
+    uint8_t *avail              # packed: the driver's event suppression structure
+    uint8_t *used               # packed: the device's
+    uint32_t size               # split: a power of two
+    bint packed
+    bint in_order
     bint event_idx
     bint indirect
     bint running
+    # Places in the ring. Split: a free-running index; packed: a slot, and the wrap counter in bit 15.
     uint16_t next_avail
     uint16_t used_idx
-    uint16_t shown              # the used index that the driver has been shown
+    uint16_t shown              # the place up to which the driver has been shown what is used
     uint16_t pending_seen       # chains known to be offered; the driver cannot take them back (R-RING-70)
+    uint16_t most_pending       # chains offered at once since the start
+    uint32_t slots_seen         # packed: slots of those chains
+    uint16_t first_flags        # packed: of the first used descriptor that is not shown yet
+    uint32_t run                # completed chains that one used entry is going to stand for (R-RING-50)
+    uint32_t run_slots
+    uint16_t run_head           # the last one's
     uint64_t offset             # bytes of the chain at next_avail that are consumed
-    uint32_t unsignalled        # completed since the driver was last interrupted, at most ALL_INDICES
+    uint32_t unsignalled        # entries (slots) used since the driver was last interrupted, at most ALL_INDICES
     bint signal_next            # the next completion interrupts, whatever the event index says (R-RING-23)
     uint64_t serial             # number of the chain that is being walked
     uint64_t *stamps            # for each descriptor: the last chain that it was part of
@@ -126,6 +144,7 @@ cdef struct Ring:
     PageLog *log                # NULL: nobody wants to know what is written
     bint logs_used
     uint64_t used_gpa           # of the used ring, as the log has it
+    uint64_t desc_gpa           # of the descriptors: the device writes to a packed ring's
     FlightTable *flight         # NULL: nobody keeps what is in flight
     int begun                   # chains from next_avail on that are marked as in flight
     uint64_t counter            # of the next one
@@ -136,13 +155,32 @@ cdef struct Ring:
     uint64_t bytes_moved
     uint64_t bytes_discarded
     uint64_t chains
+    uint32_t starts             # how often it has been started
+    int call_fd                 # -1: none
+    bint call_is_socket
+    uint64_t calls              # interrupts sent or asked for
+    void *work                  # what a poller does with it; NULL: nothing
+
+# What an operation comes back with: a Status, or one of the negative numbers.
+cdef enum:
+    EMPTY = 0
+    BLOCKED = 1
+    END_OF_FILE = 2
+    MORE = 3
+    STOPPED = 4
+    FAULTY = -1
+    FAILED = -2
+    INTERRUPTED = -3
 
 cdef enum:
+    BUDGET = 1 << 20            # bytes of one turn
     BATCH_PIECES = 512
     BATCH_CHAINS = 512
 
 cdef struct Chain:
-    uint16_t head
+    uint16_t head               # what the driver calls it: its head's index, or its buffer id
+    uint16_t slots              # of a packed ring
+    bint writable               # whether the device may write to a part of it
     uint64_t bytes              # gathered into the batch
     uint64_t total              # in the chain, without what was consumed before
 
@@ -150,6 +188,7 @@ cdef struct Batch:
     uint64_t first              # serial number of its first chain
     uint64_t bytes
     uint32_t walked             # descriptors and pieces, since the operation began
+    uint32_t slots              # of a packed ring
     int pieces
     int count
     iovec[BATCH_PIECES] piece
@@ -157,20 +196,58 @@ cdef struct Batch:
     Chain[BATCH_CHAINS] chain
 
 cdef struct Walk:
-    uint16_t head
+    bint writable               # the direction that is gathered
+    uint64_t skip               # bytes that were consumed before
+    uint64_t limit              # bytes that the batch may have
+    uint32_t head               # where the chain begins
     uint32_t index              # of the descriptor to look at
-    uint64_t table              # of the indirect table; its entries' count is 0 outside of one
+    uint64_t table              # of the indirect table
     uint32_t entries
-    uint32_t entries_walked
     bint writable_seen
+
+# What a poller does with a running ring, without the interpreter lock.
+cdef int ring_drain(Ring *r, int fd, int log_fd, uint64_t *budget) noexcept nogil
+cdef int ring_fill(Ring *r, int fd, uint64_t *budget) noexcept nogil
+cdef bint ring_notify(Ring *r) noexcept nogil
+cdef bint ring_kicks_on(Ring *r) noexcept nogil
+cdef bint ring_kicks_ahead(Ring *r) noexcept nogil
+cdef uint32_t ring_unread(Ring *r) noexcept nogil
+cdef void ask_for_no_kick(Ring *r) noexcept nogil
+cdef bint has_chain(Ring *r) noexcept nogil
 
 
 # -- the driver's side -------------------------------------------------------------------------------------------------
 
 cdef struct Slot:
     uint16_t next               # in the free list, or in the chain
-    uint16_t count              # descriptors of the chain that starts here; 0: none does
+    uint16_t count              # descriptors of the chain that has this head or id; 0: none has
     uint64_t capacity           # writable bytes of that chain
+
+cdef struct DriverRing:
+    uint8_t *desc
+    uint8_t *avail              # packed: the driver's event structure
+    uint8_t *used               # packed: the device's
+    Slot *slots
+    uint16_t *order             # IN_ORDER: heads in the order in which they were added
+    uint32_t size
+    bint packed
+    bint in_order
+    bint event_idx
+    bint calls_wanted
+    uint32_t free               # descriptors
+    uint32_t in_flight          # chains
+    uint32_t added              # chains not yet published, and their descriptors
+    uint32_t added_slots
+    uint16_t free_head
+    uint16_t first_flags        # packed: of the first head that is not published
+    # Places, as the device has them.
+    uint16_t avail_idx          # published
+    uint16_t next_slot          # packed: where the next chain goes
+    uint16_t last_used
+    uint16_t avail_seq          # where in ``order`` the next published and the next used chain are
+    uint16_t used_seq
+    uint32_t covered            # chains that the last used entry stands for and that were not collected yet
+    uint32_t covered_len        # written to the last of them
 
 
 # -- classes -----------------------------------------------------------------------------------------------------------
@@ -201,13 +278,11 @@ cdef class DeviceQueue:
     cdef Ring r
     cdef readonly int index
     cdef bint busy
-    cdef int _call_fd
-    cdef bint call_is_socket
+    cdef bint *poller           # whether a poller that has this queue is at work, in whatever thread; NULL: none has
     cdef Memory memory
     cdef DirtyLog log
     cdef Inflight _inflight
     cdef readonly object fault
-    cdef readonly uint64_t calls
 
     cdef int make_tables(self, size_t size) except -1
     cdef uint16_t recover(self, uint16_t base) except *
@@ -219,33 +294,19 @@ cdef class DeviceQueue:
     cdef int offer_chains(self, object sink, uint64_t budget) except -100
     cdef int offer_pieces(self, Batch *b, object sink, uint64_t *taken) except -1
     cdef object take_message(self, uint64_t limit)
-    cdef int send_call(self) except -1
 
 cdef class DriverQueue:
+    cdef DriverRing d
     cdef Memory memory
-    cdef uint8_t *desc_host
-    cdef uint8_t *avail_host
-    cdef uint8_t *used_host
-    cdef Slot *slots
-    cdef bint event_idx
     cdef bint indirect
-    cdef bint calls_wanted
-    cdef uint16_t free_head
-    cdef uint16_t avail_idx     # published
-    cdef uint16_t added         # not yet published
-    cdef uint16_t last_used
+    cdef readonly bint packed
     cdef readonly int size
     cdef readonly uint64_t desc
     cdef readonly uint64_t avail
     cdef readonly uint64_t used
-    cdef readonly int free
-    cdef readonly int in_flight
     cdef readonly bint broken
 
+    cdef int make_tables(self) except -1
     cdef object write_table(self, list elements, object table)
-    cdef int write_chain(self, list elements) except -1
-    cdef int check_used(self, uint16_t count, UsedElem e) except -1
-    cdef int break_down(self, str what, dict context) except -1
-    cdef int release(self, uint16_t head) except -1
+    cdef bint take(self, UsedElem *e) except -1
     cdef int check_whole(self) except -1
-    cdef int ask_for_call(self) except -1

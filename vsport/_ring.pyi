@@ -1,4 +1,4 @@
-"""The virtqueue engine: split rings, device side and driver side, on guest memory.
+"""The virtqueue engine: split and packed rings, device side and driver side, on guest memory.
 
 Bytes plane: no policy. Everything here works on memory that another program changes at the same time,
 so each shared field is read once (R-RING-19) and every value read from it is checked (R-RING-70 to 84).
@@ -100,7 +100,7 @@ class Inflight:
 
 @final
 class DeviceQueue:
-    """The device's side of one split virtqueue.
+    """The device's side of one virtqueue, split or packed.
 
     Chains are taken lazily: ``next_avail`` moves only when a chain is completed, and ``offset`` says how many bytes of
     the chain at ``next_avail`` are already consumed. So stopping a queue loses nothing (R-VU-20, R-VU-89).
@@ -125,9 +125,11 @@ class DeviceQueue:
     @property
     def size(self) -> int: ...
     @property
-    def next_avail(self) -> int: ...
+    def next_avail(self) -> int:
+        """Where the next chain is. Split: the available index; packed: the slot, with the wrap counter in bit 15."""
     @property
-    def used_idx(self) -> int: ...
+    def used_idx(self) -> int:
+        """Where the next used entry goes, in the same way. Packed: the same as next_avail."""
     @property
     def offset(self) -> int: ...
     @property
@@ -153,21 +155,27 @@ class DeviceQueue:
         base: int = 0,
         event_idx: bool = False,
         indirect: bool = False,
+        packed: bool = False,
+        in_order: bool = False,
         reset: bool = True,
     ) -> None:
         """Starts at available index ``base`` on rings at front-end addresses ``desc``, ``avail``, ``used``.
 
+        With ``packed`` these are the descriptor ring, the driver's and the device's event structure, and ``base`` is as
+        next_avail has it; 0 is also taken for the beginning of a ring that was never used (R-RING-49). With
+        ``in_order`` one used entry may stand for several chains that the device could not write to (R-RING-50, 51).
+
         With reset=False a half-consumed chain's ``offset`` is kept (resume, new memory table), if ``base`` is still
         that chain. The used index is read from memory. Kicks are on, and a driver that is resumed is called once more
-        by the next notify() (R-RING-23). Raises FrontEndError (R-RING-01, R-RING-04, R-RING-09, R-RING-77, R-RING-82)
-        and leaves the queue stopped.
+        by the next notify() (R-RING-23). Raises FrontEndError (R-RING-01, R-RING-04, R-RING-09, R-RING-40, R-RING-77,
+        R-RING-82, R-VU-18, R-VU-90) and leaves the queue stopped.
 
         With an ``inflight`` region that is not fresh it goes on at the first chain that is not used, whatever ``base``
         is: at the first chain in flight, if there is one. Kick it, because nobody else will. A region that contradicts
         the rings is refused as it is (R-VU-85, R-VU-88).
         """
     def stop(self) -> int:
-        """Stops the queue and returns the next available index, for GET_VRING_BASE; ``offset`` is kept."""
+        """Stops the queue and returns ``next_avail``, for GET_VRING_BASE; ``offset`` is kept."""
     def restore(self, next_avail: int, offset: int) -> None:
         """Sets where start(base=next_avail, reset=False) goes on: ``offset`` bytes of that chain are consumed.
 
@@ -177,8 +185,9 @@ class DeviceQueue:
     def log_to(self, log: DirtyLog | None, used_gpa: int = -1) -> None:
         """From now on, also while running, what the device writes is marked in ``log`` after it is written (R-VU-80).
 
-        Buffers are marked at their guest-physical addresses, the used ring (elements, index, flags, avail_event) as if
-        it began at ``used_gpa``; -1: not at all. Stays until it is called again. Raises ValueError.
+        Buffers are marked at their guest-physical addresses, the used ring (elements, index, flags, avail_event), or a
+        packed ring's event structure, as if it began at ``used_gpa``, and a packed ring's descriptors where they are;
+        -1: neither. Stays until it is called again. Raises ValueError.
         """
     def forget_partial(self) -> None:
         """Forgets the half-consumed chain's offset (device reset, R-CON-38)."""
@@ -236,16 +245,26 @@ class DeviceQueue:
 
 @final
 class DriverQueue:
-    """The driver's side of one split virtqueue, for a simulated guest.
+    """The driver's side of one virtqueue, for a simulated guest.
 
     Lays out the three parts from guest-physical address ``gpa`` on (``footprint(size)`` bytes, aligned to 4096),
-    zeroed; ``desc``, ``avail`` and ``used`` are their guest-physical addresses. The used ring begins a page, so that
-    the device writes to no page of the driver's (R-VU-80). A rule broken by the device marks the queue broken and
-    raises DeviceError (R-RING-84).
+    zeroed; ``desc``, ``avail`` and ``used`` are their guest-physical addresses. The used ring, or a packed ring's event
+    structure of the device, begins a page, so that what only the device writes is on no page of the driver's (R-VU-80).
+    With ``in_order`` descriptors are used one after the other, and a used entry may stand for all chains that were
+    offered before its own: each of them is collected, as full (R-RING-51, R-RING-52). A rule broken by the device marks
+    the queue broken and raises DeviceError (R-RING-84).
     """
 
     def __new__(
-        cls, memory: Memory, gpa: int, size: int, *, event_idx: bool = False, indirect: bool = False
+        cls,
+        memory: Memory,
+        gpa: int,
+        size: int,
+        *,
+        event_idx: bool = False,
+        indirect: bool = False,
+        packed: bool = False,
+        in_order: bool = False,
     ) -> Self: ...
     @staticmethod
     def footprint(size: int) -> int:
@@ -257,6 +276,7 @@ class DriverQueue:
         if they are not aligned to 16 on the host, and then nothing has changed.
         """
     size: Final[int]
+    packed: Final[bool]
     desc: Final[int]
     avail: Final[int]
     used: Final[int]
@@ -275,15 +295,17 @@ class DriverQueue:
         *,
         indirect_table: int = 0,
     ) -> int:
-        """Puts a chain of (gpa, length) elements into the table and the available ring, not yet published.
+        """Puts a chain of (gpa, length) elements into the ring, not yet published.
 
-        Returns its head. With ``indirect_table`` (a gpa with 16 bytes for each element) it takes one descriptor.
-        Raises BufferError if the table is full, ValueError if there is no element.
+        Returns its head, or buffer id. With ``indirect_table`` (a gpa with 16 bytes for each element) it takes one
+        descriptor. Raises BufferError if the table is full, ValueError if there is no element.
         """
     def publish(self) -> bool:
         """Shows the added chains to the device; True if the device wants a notification."""
     def collect(self) -> tuple[int, int] | None:
         """The next used chain as (head, bytes written), or None."""
+    def all_used(self) -> bool:
+        """Whether the device has given back everything that was published; nothing is collected by asking."""
     def calls_off(self) -> None: ...
     def calls_on(self) -> bool:
         """Asks for an interrupt at the next used chain; True if there is one already."""

@@ -111,7 +111,7 @@ static struct vs_guard *vs_guard_unused(void)
 }
 
 /* Guards `size` bytes from `start`; `*lost` becomes 1 when one of their pages is gone. NULL: errno says why not. */
-static struct vs_guard *vs_guard_add(void *start, size_t size, int *lost)
+static inline struct vs_guard *vs_guard_add(void *start, size_t size, int *lost)
 {
     struct vs_guard *guard = vs_install_sigbus() ? vs_guard_unused() : NULL;
     if (!guard)
@@ -122,7 +122,7 @@ static struct vs_guard *vs_guard_add(void *start, size_t size, int *lost)
     return guard;
 }
 
-static void vs_guard_remove(struct vs_guard *guard)
+static inline void vs_guard_remove(struct vs_guard *guard)
 {
     atomic_store_explicit(&guard->start, 0, memory_order_release);
 }

@@ -47,6 +47,10 @@ class UnixAddress:
     def _name(self) -> str:
         return f"\0{self.path}" if self.abstract else self.path
 
+    def claims(self) -> list[str]:
+        """What nobody else can listen on."""
+        return [f"@{self.path}" if self.abstract else os.path.abspath(self.path)]
+
     def targets(self) -> list[Target]:
         """What to connect to."""
         return [(socket.AF_UNIX, self._name)]
@@ -156,6 +160,10 @@ class TcpAddress:
 
     def __str__(self) -> str:
         return f"tcp:{endpoint(self.host, self.port)}"
+
+    def claims(self) -> list[str]:
+        """As above; who takes one of several ports, or any, can share them."""
+        return [str(self)] if self.port and self.port == self.last_port else []
 
     def targets(self) -> list[Target]:
         """What to connect to, in the order of preference; raises HostError if the name is unknown."""

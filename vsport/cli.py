@@ -16,8 +16,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 from vsport.errors import HostError, UsageError
 
@@ -56,6 +56,12 @@ later have the new version take it over; guest and hosts notice a short pause:
 
 The second one offers it in turn. The first one ends with exit code 0 as soon as
 the second one has all; if that fails at any point, the first one just goes on.
+
+One process for many machines; {vm} is the name of each:
+
+  vsport serve --vm web1 --vm web2 --socket-path /run/{vm}.sock \\
+    --chardev socket,id=c0,path=/run/{vm}-agent.sock,server=on,wait=off \\
+    --device virtserialport,chardev=c0,name=org.qemu.guest_agent.0
 """
 
 
@@ -83,8 +89,11 @@ def _shortened(line: str) -> str:
     return line if len(line) <= _LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; help texts, completion and documentation are made from it."""
+def make_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command line; help texts, completion and documentation are made from it.
+
+    With ``only``, of that command alone: others may have to import what this one does not need.
+    """
     parser = _Parser(
         prog="vsport",
         description="A virtio-serial device for virtual machines: channels between a guest's\nprograms and its host's.",
@@ -95,11 +104,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.set_defaults(host_error_code=1)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and end")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
-    _add_serve(commands)
-    _add_inspect(commands)
-    _add_demo(commands)
-    _add_lab(commands)
-    _add_completion(commands)
+    for name in _COMMANDS if only is None else [only]:
+        _COMMANDS[name].add(commands)
     return parser
 
 
@@ -123,8 +129,9 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     serve = commands.add_parser(
         "serve",
         help="serve a virtio-serial device to a virtual machine (the daemon)",
-        description="Serves one virtio-serial device to a virtual machine monitor (VMM), such as QEMU\n"
-        "or User Mode Linux, over vhost-user, until SIGTERM or Ctrl-C.",
+        description="Serves a virtio-serial device to a virtual machine monitor (VMM), such as QEMU\n"
+        "or User Mode Linux, over vhost-user, until SIGTERM or Ctrl-C. With --vm, one\n"
+        "process serves many machines, a device to each.",
         epilog=_SERVE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -132,6 +139,14 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
     where = serve.add_mutually_exclusive_group()
     where.add_argument("--socket-path", metavar="PATH", help="listen for the VMM on this Unix socket")
     where.add_argument("--fd", type=int, metavar="N", help="instead: an inherited socket, listening or connected")
+    serve.add_argument(
+        "--vm",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve several virtual machines: {vm} in the other options stands for the name of each; repeat it",
+    )
+    serve.add_argument("--vms", metavar="FILE", help="the same, with a name in each line of FILE; - is standard input")
     serve.add_argument(
         "--chardev",
         "-chardev",
@@ -158,6 +173,13 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         "--takeover",
         metavar="PATH",
         help="take it over from the process that offers it at PATH, and go on in its place; needs none of the above",
+    )
+    serve.add_argument(
+        "--poll-max-ns",
+        type=int,
+        metavar="N",
+        help="after traffic look for more for up to N nanoseconds instead of sleeping, while that pays; 0: never; "
+        "default: 100000, or 0 on one processor",
     )
     serve.add_argument(
         "--log-level",
@@ -306,7 +328,18 @@ def _all_actions(parser: argparse.ArgumentParser) -> Iterator[Any]:
                 yield from _all_actions(command)
 
 
-_COMMANDS = {"serve": _serve, "inspect": _inspect, "demo": _demo, "lab": _lab, "completion": _completion}
+class _Command(NamedTuple):
+    add: Callable[[_Commands[_Parser]], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+_COMMANDS = {
+    "serve": _Command(_add_serve, _serve),
+    "inspect": _Command(_add_inspect, _inspect),
+    "demo": _Command(_add_demo, _demo),
+    "lab": _Command(_add_lab, _lab),
+    "completion": _Command(_add_completion, _completion),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -324,16 +357,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    parser = make_parser()
-    arguments, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    parser = make_parser(words[0] if words and words[0] in _COMMANDS else None)
+    arguments, unknown = parser.parse_known_args(words)
     if unknown:
-        words = ("vsport", arguments.command, getattr(arguments, "action", None))
-        _Parser(" ".join(filter(None, words))).error(f"unrecognized arguments: {' '.join(unknown)}")
+        asked = ("vsport", arguments.command, getattr(arguments, "action", None))
+        _Parser(" ".join(filter(None, asked))).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
         parser.print_help()
         return 2
     try:
-        return _COMMANDS[arguments.command](arguments)
+        return _COMMANDS[arguments.command].run(arguments)
     except (UsageError, HostError) as exc:
         print(f"vsport {arguments.command}: {_printable(str(exc))}", file=sys.stderr)
         return 2 if isinstance(exc, UsageError) else arguments.host_error_code

@@ -15,7 +15,9 @@ QUEUE_CONTROL_RX = 2
 QUEUE_CONTROL_TX = 3
 """Driver to device."""
 QUEUE_SIZE_MAX = 32768
-"""2.7: a split ring's largest size; sizes are powers of two (R-RING-01)."""
+"""2.7, 2.8: a ring's largest size; a split one's is a power of two (R-RING-01, R-RING-40)."""
+PACKED_BEGINNING = 0x8000
+"""Where a packed ring begins: slot 0, with the wrap counter, in bit 15, at 1 (R-RING-42)."""
 PORTS_MAX = 127
 """vhost-user names a queue with 8 bits, so 256 queues at most, two of them for control (R-VU-22)."""
 PORTS_DEFAULT = 31
@@ -53,6 +55,8 @@ class Feature(IntFlag):
     PROTOCOL_FEATURES = 1 << 30
     """vhost-user: never shown to a guest as a virtio feature (R-RING-27)."""
     VERSION_1 = 1 << 32
+    RING_PACKED = 1 << 34
+    IN_ORDER = 1 << 35
 
 
 # -- configuration space (5.3.4, R-CON-05) -----------------------------------------------------------------------------

@@ -289,6 +289,7 @@ class _Home:
         self._host = Host(loop, parse_configuration(chardevs, [device]))
         self.device = self._host.device
         (id,) = self._host.pumps
+        self._host.pumps.pop(id).close()
         port = self.device.ports[id]
         self.pump = self._host.pumps[id] = _WitnessedPump(loop, port, self._host.chardevs["c0"])
         self.device.attach(port, self.pump)

@@ -30,7 +30,7 @@ from vsport.constants import (
 from vsport.control import Message, Outbox
 from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
-from vsport.port import BackEnd, Manners, Port, PortConfig, Whose
+from vsport.port import BackEnd, Log, Manners, Port, PortConfig, Whose
 from vsport.snapshot import QueueState, Snapshot
 
 __all__ = ["SerialDevice"]
@@ -38,6 +38,12 @@ __all__ = ["SerialDevice"]
 log = logging.getLogger("vsport.device")
 
 _MULTIPORT = int(Feature.MULTIPORT)
+_RING_OPTIONS = {
+    "event_idx": int(Feature.EVENT_IDX),
+    "indirect": int(Feature.INDIRECT_DESC),
+    "packed": int(Feature.RING_PACKED),
+    "in_order": int(Feature.IN_ORDER),
+}
 """A plain number: looking at an IntFlag takes longer than all the rest of a kick."""
 _CONTROL_TURN = 256
 """Control messages handled in one turn, so that a guest that never stops sending cannot keep the loop for itself."""
@@ -51,7 +57,8 @@ class SerialDevice:
     """A virtio-serial device with up to ``max_ports`` ports (1 to 127).
 
     ``queues`` are its virtqueues, by index (R-CON-02). Whoever attaches the device starts and stops them and says so by
-    queue_started() and queue_stopped(). Raises UsageError if a value is out of range.
+    queue_started() and queue_stopped(). ``packed`` and ``in_order`` offer the guest these ways to use a ring. Raises
+    UsageError if a value is out of range.
     """
 
     OFFERED = (
@@ -64,12 +71,27 @@ class SerialDevice:
     )
     config_size = CONFIG_SIZE
 
-    def __init__(self, *, max_ports: int = PORTS_DEFAULT, cols: int = 80, rows: int = 25) -> None:
+    def __init__(
+        self,
+        *,
+        max_ports: int = PORTS_DEFAULT,
+        cols: int = 80,
+        rows: int = 25,
+        packed: bool = False,
+        in_order: bool = False,
+        name: str = "",
+    ) -> None:
         if not 1 <= max_ports <= PORTS_MAX:
             raise UsageError(f"max_ports={max_ports} is not in 1 to {PORTS_MAX}: vhost-user has 256 queues at most")
         self.max_ports = max_ports
+        self.log: Log = logging.LoggerAdapter(log, {"whose": f"{name}: "}) if name else log
+        """For all that is said about this device, also by its front end's session: ``whose`` is what it begins with."""
         self.cols, self.rows = cols, rows
         self.features = int(self.OFFERED)
+        if packed:
+            self.features |= Feature.RING_PACKED
+        if in_order:
+            self.features |= Feature.IN_ORDER
         self.negotiated = 0
         self.queues = tuple(DeviceQueue(index) for index in range(queue_count(max_ports)))
         self.ports: dict[int, Port] = {}
@@ -101,6 +123,11 @@ class SerialDevice:
     def multiport(self) -> bool:
         """Whether control queues and ports other than port 0 exist for the driver (R-CON-03)."""
         return bool(self.negotiated & _MULTIPORT)
+
+    @property
+    def ring_options(self) -> dict[str, bool]:
+        """How queues are used, as DeviceQueue.start() wants to be told."""
+        return {option: bool(self.negotiated & bit) for option, bit in _RING_OPTIONS.items()}
 
     def negotiate(self, features: int) -> None:
         """The driver has accepted these features; raises FrontEndError if some of them were not offered."""
@@ -167,6 +194,7 @@ class SerialDevice:
         port = self.ports[id]
         port.feed(Cause.UNPLUG)
         del self.ports[id]
+        port.back_end.halt()
         port.back_end = BackEnd()
         if port.added:
             self.tell(Message(id, Event.PORT_REMOVE, 1))
@@ -342,7 +370,7 @@ class SerialDevice:
         try:
             while (message := self._outbox.peek()) is not None and queue.push(message.encode()):
                 self._outbox.sent()
-                log.debug("to guest: %s", message)
+                self.log.debug("to guest: %s", message)
             # Asking for the kick comes after the failed push, so a buffer that came in between is seen here.
             if queue.kicks_on() and len(self._outbox):
                 self.backlog(QUEUE_CONTROL_RX)
@@ -373,11 +401,11 @@ class SerialDevice:
     def _heard(self, data: bytes) -> None:
         try:
             message = Message.decode(data)
-            log.debug("from guest: %s", message)
+            self.log.debug("from guest: %s", message)
             self._act_on(message)
         except GuestError as exc:
             self.refused += 1
-            log.info("control message dropped: %s", exc)
+            self.log.info("control message dropped: %s", exc)
 
     def _act_on(self, message: Message) -> None:
         match message.event:
@@ -435,13 +463,13 @@ class SerialDevice:
         return self._outbox.has_for(port)
 
     def fault(self, index: int, error: GuestError | FrontEndError) -> None:
-        log.warning("queue %d stopped: %s", index, error)
+        self.log.warning("queue %d stopped: %s", index, error)
         self.on_fault(index, error)
 
     def transition(self, port: Port, cause: Cause, before: State) -> None:
-        log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
+        self.log.debug("port %d: %s -> %s by %s", port.id, before.name, port.state.name, cause.value)
         self.on_transition(port, cause, before)
 
     def dropped(self, port: Port, count: int, whose: Whose) -> None:
-        log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
+        self.log.info("port %d: %d bytes of the %s dropped", port.id, count, whose.value)
         self.on_drop(port, count, whose)

@@ -5,7 +5,8 @@
     {"event": "dropped", "port": 1, "name": "org.example.0", "bytes": 4096, "of": "guest"}
     {"event": "lost", "lines": 12}       so many lines found no room, because nobody read them
 
-A back end in this process hears the same, in its own words, by port.BackEnd.
+Where one process serves many virtual machines, "vm" says whose port it is. A back end in this process hears the same,
+in its own words, by port.BackEnd.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Mapping
 
 from vsport.chardev.base import open_file
 from vsport.connection import Cause, State
@@ -21,7 +23,7 @@ from vsport.errors import HostError
 from vsport.loop import Loop
 from vsport.port import Port, Whose
 
-__all__ = ["DROPS_SECONDS", "EventLog", "open_events"]
+__all__ = ["DROPS_SECONDS", "EventLog", "Journal", "open_events"]
 
 log = logging.getLogger("vsport.events")
 
@@ -29,54 +31,26 @@ DROPS_SECONDS = 0.1
 """Drops are added up for so long: a guest that sends to nobody must not make a line of each write."""
 
 
-def open_events(path: str) -> int:
-    """A descriptor to write events to: standard output for ``-``, else a file or a FIFO. Raises HostError."""
+def open_events(path: str) -> Journal:
+    """Where events are written to: standard output for ``-``, else a file or a FIFO. Raises HostError."""
     if path == "-":
-        return os.dup(1)
+        return Journal(os.dup(1))
     try:
-        return open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "event file")
+        return Journal(open_file(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, "event file"))
     except HostError as exc:
         raise HostError(f"{exc}; a FIFO needs its reader first") from None
 
 
-class EventLog:
-    """Writes what happens to the ports of ``device`` to ``fd``, which it owns. Takes over two hooks of the device."""
+class Journal:
+    """Lines in ``fd``, which it owns: of one device, or of many. A reader that does not read costs lines, not time."""
 
-    def __init__(self, loop: Loop, device: SerialDevice, fd: int) -> None:
-        self._loop = loop
+    def __init__(self, fd: int) -> None:
         self._fd = fd
-        self._dropped: dict[tuple[int, str, Whose], int] = {}
         self._unwritten = b""
         self._lost = 0
-        device.on_transition = self._moved
-        device.on_drop = self._drop
 
-    def _moved(self, port: Port, cause: Cause, before: State) -> None:
-        self._flush_drops()
-        state = port.state
-        self._say(
-            event="port",
-            port=port.id,
-            name=port.name,
-            cause=cause.value,
-            guest_connected=state.guest_connected,
-            host_connected=state.host_connected,
-            device_ready=state.device_ready,
-            session=port.session,
-        )
-
-    def _drop(self, port: Port, count: int, whose: Whose) -> None:
-        if not self._dropped:
-            self._loop.call_later(DROPS_SECONDS, self._flush_drops)
-        key = (port.id, port.name, whose)
-        self._dropped[key] = self._dropped.get(key, 0) + count
-
-    def _flush_drops(self) -> None:
-        dropped, self._dropped = self._dropped, {}
-        for (id, name, whose), count in dropped.items():
-            self._say(event="dropped", port=id, name=name, bytes=count, of=whose.value)
-
-    def _say(self, **event: object) -> None:
+    def say(self, event: Mapping[str, object]) -> None:
+        """Writes ``event`` as a line, if there is room for it."""
         if self._fd < 0:
             return
         if self._lost and not self._unwritten:
@@ -96,16 +70,54 @@ class EventLog:
             written = 0
         except OSError as exc:
             log.warning("events are not written any more: %s", exc.strerror)
-            os.close(self._fd)
-            self._fd = -1
+            self.close()
             return True
         self._unwritten = data[written:]
         return not self._unwritten
 
     def close(self) -> None:
-        """What was dropped last is still said; safe to call twice."""
-        if self._fd >= 0:
-            self._flush_drops()
+        """Safe to call twice."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+
+
+class EventLog:
+    """Writes what happens to the ports of ``device`` to a journal. Takes over two hooks of the device."""
+
+    def __init__(self, loop: Loop, device: SerialDevice, journal: Journal, vm: str = "") -> None:
+        self._loop = loop
+        self._journal = journal
+        self._whose = {"vm": vm} if vm else {}
+        self._dropped: dict[tuple[int, str, Whose], int] = {}
+        device.on_transition = self._moved
+        device.on_drop = self._drop
+
+    def _moved(self, port: Port, cause: Cause, before: State) -> None:
+        self.flush()
+        state = port.state
+        self._say(
+            "port",
+            port=port.id,
+            name=port.name,
+            cause=cause.value,
+            guest_connected=state.guest_connected,
+            host_connected=state.host_connected,
+            device_ready=state.device_ready,
+            session=port.session,
+        )
+
+    def _drop(self, port: Port, count: int, whose: Whose) -> None:
+        if not self._dropped:
+            self._loop.call_later(DROPS_SECONDS, self.flush)
+        key = (port.id, port.name, whose)
+        self._dropped[key] = self._dropped.get(key, 0) + count
+
+    def flush(self) -> None:
+        """Says what was dropped since the last time: now, and not when the drops are due."""
+        dropped, self._dropped = self._dropped, {}
+        for (id, name, whose), count in dropped.items():
+            self._say("dropped", port=id, name=name, bytes=count, of=whose.value)
+
+    def _say(self, event: str, **what: object) -> None:
+        self._journal.say({"event": event, **self._whose, **what})

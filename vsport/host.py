@@ -26,12 +26,20 @@ __all__ = ["Host"]
 
 
 class Host:
-    """Makes all that ``configuration`` names; raises UsageError. It touches nothing of the machine before open()."""
+    """Makes all that ``configuration`` names; raises UsageError. It touches nothing of the machine before open().
 
-    def __init__(self, loop: Loop, configuration: Configuration) -> None:
+    ``name`` is the device's in the log, where one process has many of them.
+    """
+
+    def __init__(self, loop: Loop, configuration: Configuration, name: str = "") -> None:
         self.loop = loop
         self.configuration = configuration
-        self.device = SerialDevice(max_ports=configuration.max_ports)
+        self.device = SerialDevice(
+            max_ports=configuration.max_ports,
+            packed=configuration.packed,
+            in_order=configuration.in_order,
+            name=name,
+        )
         self.device.on_backlog = self._again_soon
         self._backlog: set[int] = set()
         self.pumps: dict[int, PortPump] = {}

@@ -1,7 +1,7 @@
-"""The wait loop: descriptors, timers and signals of one thread, over epoll.
+"""The wait loop: descriptors, timers and signals of one thread; while it waits, a Poller moves the bytes of flows.
 
-asyncio is not used here on purpose: a kick of the guest costs one callback, not a trip through a scheduler, and this
-interface is small enough to be moved below the GIL.
+asyncio is not used here on purpose: while bytes just move nobody wakes the interpreter at all, and what does wake it
+costs one callback, not a trip through a scheduler.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+from vsport._poll import Flow, Poller
+from vsport._ring import DeviceQueue
 
 __all__ = ["HUP", "RDHUP", "READ", "WRITE", "Loop", "Timer"]
 
@@ -44,12 +47,14 @@ class Timer:
 class Loop:
     """Waits for what was asked for and calls back, all in the thread that calls run().
 
+    After a wait of less than ``poll_max_ns`` nanoseconds the next one looks for so long before it sleeps (0: never).
     An exception of a callback ends the round and passes through run(); nothing that is due gets lost by it.
     """
 
-    def __init__(self) -> None:
-        self._epoll = select.epoll(flags=select.EPOLL_CLOEXEC)
-        self._watched: dict[int, tuple[int, Callable[[int], None]]] = {}
+    def __init__(self, *, poll_max_ns: int = 0) -> None:
+        self._poller = Poller()
+        self._poller.spin_max = poll_max_ns
+        self._watched: dict[int, tuple[Callable[[int], None]]] = {}
         self._timers: list[tuple[float, int, Timer]] = []
         self._sweep_at = _FEW_TIMERS
         self._order = itertools.count()
@@ -68,17 +73,33 @@ class Loop:
         A second call for the same ``fd`` replaces the first. Raises PermissionError if ``fd`` is always ready
         (a regular file): epoll cannot wait for those.
         """
-        old = self._watched.get(fd)
-        if old is None:
-            self._epoll.register(fd, events)
-        elif old[0] != events:
-            self._epoll.modify(fd, events)
-        self._watched[fd] = (events, callback)
+        self._poller.watch(fd, events)
+        self._watched[fd] = (callback,)
+
+    def watch_kick(self, fd: int, queue: DeviceQueue, callback: Callable[[int], None]) -> None:
+        """As watch() for reading the kicks of ``queue``; those that a flow of it sees to are not called back."""
+        self._poller.watch_kick(fd, queue)
+        self._watched[fd] = (callback,)
 
     def unwatch(self, fd: int) -> None:
-        """Forgets ``fd``; call it before closing the descriptor. Unknown descriptors are fine."""
-        if self._watched.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+        """Forgets ``fd``, and what flows through it; call it before closing the descriptor. Unknown ones are fine."""
+        self._watched.pop(fd, None)
+        self._poller.unwatch(fd)
+
+    def ignore(self, fd: int) -> None:
+        """Does not call back for ``fd`` any more; what flows through it goes on."""
+        self._watched.pop(fd, None)
+        self._poller.ignore(fd)
+
+    # -- bytes -----------------------------------------------------------------------------------------------------
+
+    def drain(self, queue: DeviceQueue, callback: Callable[[], None]) -> Flow:
+        """A flow, which has to be started, from ``queue`` into a descriptor."""
+        return Flow(self._poller, queue, callback, fills=False)
+
+    def fill(self, queue: DeviceQueue, callback: Callable[[], None]) -> Flow:
+        """A flow, which has to be started, from a descriptor into ``queue``."""
+        return Flow(self._poller, queue, callback, fills=True)
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -154,12 +175,15 @@ class Loop:
 
     def run_once(self, timeout: float | None) -> None:
         """One round: waits at most ``timeout`` seconds (None: for ever) for something to do, and does it."""
-        ready = self._epoll.poll(self._patience(timeout))
+        ready, flows = self._poller.poll(self._patience(timeout))
         # A callback may unwatch, close and reuse the descriptor of a later one: whoever was not watching it when it
         # became ready is not called.
         for fd, events, watched in [(fd, events, self._watched.get(fd)) for fd, events in ready]:
             if watched is not None and self._watched.get(fd) is watched:
-                watched[1](events)
+                watched[0](events)
+        for flow in flows:
+            if flow.callback is not None:  # or an earlier one has closed it
+                flow.callback()
         self._run_timers(time.monotonic())
         for _ in range(len(self._soon)):  # what these add waits for the next round
             self._soon.popleft()()
@@ -194,4 +218,4 @@ class Loop:
         self._watched.clear()
         self._timers.clear()
         self._soon.clear()
-        self._epoll.close()
+        self._poller.close()

@@ -29,6 +29,8 @@ _FLAGS = {"server": ("server", "on"), "wait": ("wait", "on"), "nowait": ("wait",
 _BUS: Mapping[str, Option] = {
     "max_ports": Option(between(1, PORTS_MAX), PORTS_DEFAULT, "how many ports the guest can have at a time"),
     "id": Option(text, "", "a name, which ports may give as bus=ID.0"),
+    "packed": Option(on_off, False, "offer packed rings; not for chains that have to survive a crash (inflight)"),
+    "in_order": Option(on_off, False, "offer to use buffers in order, and to return them in batches"),
 }
 _PORT: Mapping[str, Option] = {
     "chardev": Option(text, "", "the id of the --chardev behind the port; without one, no host ever comes"),
@@ -100,6 +102,8 @@ class Configuration:
     """What a device is to be."""
 
     max_ports: int = PORTS_DEFAULT
+    packed: bool = False
+    in_order: bool = False
     bus: str = ""
     """The user's name for the device, e.g. ``vs``: ports may say ``bus=vs.0``."""
     chardevs: tuple[ChardevOption, ...] = ()
@@ -167,7 +171,7 @@ def _parse_devices(texts: list[str], chardevs: tuple[ChardevOption, ...]) -> Con
     if len(buses) > 1:
         raise UsageError(f"--device {buses[1][0]}: one vsport serve is one virtio-serial device")
     for _given, values in buses:
-        configuration = replace(configuration, max_ports=values["max_ports"], bus=values["id"])
+        configuration = replace(configuration, bus=values.pop("id"), **values)
     for given, _kind, values in ports:
         _check_bus(given, values.pop("bus"), configuration.bus)
     return replace(configuration, ports=tuple(_port(kind, values) for _given, kind, values in ports))

@@ -5,6 +5,7 @@ The port decides nothing by itself: ``feed`` looks a cause up in the connection 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,10 @@ from vsport.document import DocumentError
 from vsport.errors import FrontEndError, GuestError, UsageError
 from vsport.snapshot import PortConfig, PortState
 
-__all__ = ["Away", "BackEnd", "Counters", "Links", "Manners", "Port", "PortConfig", "Whose"]
+__all__ = ["Away", "BackEnd", "Counters", "Links", "Log", "Manners", "Port", "PortConfig", "Whose"]
+
+Log = logging.Logger | logging.LoggerAdapter[logging.Logger]
+"""Where a device's lines go; an adapter says whose they are."""
 
 
 class BackEnd:
@@ -41,6 +45,9 @@ class BackEnd:
     def guest_connected(self, connected: bool, cause: Cause) -> None:
         """The guest's end is open or closed, and why it is said now: it happened (GUEST_OPEN, GUEST_CLOSE, RESET,
         UNPLUG), or it has been so since before this back end was made (RESTORE, HANDOVER)."""
+
+    def halt(self) -> None:
+        """The port is unplugged: nothing of its rings may be touched any more."""
 
     def emergency_write(self, byte: int) -> None:
         """One byte from a guest that can do no better (emerg_wr, R-CON-07)."""
@@ -64,6 +71,8 @@ class BackEnd:
 
 class Links(Protocol):
     """What a port needs of its device."""
+
+    log: Log
 
     def tell(self, message: Message) -> None:
         """Sends a control message to the guest, now or when it has a buffer for it."""

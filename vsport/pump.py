@@ -1,8 +1,8 @@
-"""Between a port's rings and its chardev: says when bytes move; how they move is _ring's business.
+"""Between a port's rings and its chardev: says whether bytes may move; how and when they do is _poll's business.
 
-Each direction stops on its own when one side has nothing, or no room, and goes on when the loop or a kick says that
-this has changed. A slow host therefore stops its own port's transmit ring and nothing else, and a guest without receive
-buffers leaves the host's bytes in the transport.
+Each direction is a flow. It stands still on its own when one side has nothing, or no room, and goes on when a kick or
+the descriptor says that this has changed. A slow host therefore stops its own port's transmit ring and nothing else,
+and a guest without receive buffers leaves the host's bytes in the transport.
 """
 
 from __future__ import annotations
@@ -10,21 +10,19 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
-import logging
 import os
 import termios
 import time
+from collections.abc import Callable
 
 from vsport._ring import Status
 from vsport.chardev.base import Chardev
 from vsport.connection import Cause
 from vsport.document import DocumentError
-from vsport.loop import HUP, RDHUP, READ, WRITE, Loop, Timer
+from vsport.loop import HUP, RDHUP, READ, Loop, Timer
 from vsport.port import Away, BackEnd, Port, Whose
 
 __all__ = ["SETTLE_SECONDS", "PortPump"]
-
-log = logging.getLogger("vsport.pump")
 
 SETTLE_SECONDS = 0.02
 """How long a host stays away at least, as the guest sees it.
@@ -46,14 +44,15 @@ class PortPump(BackEnd):
         self.chardev = chardev
         self._guest_open = False
         """What this back end has been told of the guest. It is not looked up in the port: nobody told it so."""
+        self._output = loop.drain(port.tx, self._output_has_news)
+        self._input = loop.fill(port.rx, self._input_has_news)
         self._watched: dict[int, int] = {}
-        self._host_is_slow = False
         self._host_is_deaf = False
-        self._guest_has_buffers = False
         self._input_ended = False
         self._last_words_wait = False
         self._turns: set[int] = set()
         self._left_at = -SETTLE_SECONDS
+        self._was_untold = False
         self._settling: Timer | None = None
 
     def open(self) -> None:
@@ -64,6 +63,8 @@ class PortPump(BackEnd):
         """Lets go of the chardev, for good. What its host said and nobody read is lost with it, and counted."""
         self._drop_unread()
         self._forget_peer()
+        self._output.close()
+        self._input.close()
         self.chardev.close()
 
     # -- what the chardev says ---------------------------------------------------------------------------------------
@@ -73,8 +74,10 @@ class PortPump(BackEnd):
 
         A guest that is paused sees nothing: its time begins when it takes what it is told (R-CON-36).
         """
-        if self.port.untold:
+        untold = self.port.untold
+        if untold or self._was_untold:  # when it was told in between, nobody knows
             self._left_at = time.monotonic()
+        self._was_untold = untold
         patience = self._left_at + SETTLE_SECONDS - time.monotonic()
         if patience > 0:
             self._settling = self.loop.call_later(patience, self.host_connected)
@@ -99,10 +102,11 @@ class PortPump(BackEnd):
         for fd in self._watched:
             self.loop.unwatch(fd)
         self._watched.clear()
-        self._host_is_slow = self._host_is_deaf = self._input_ended = self._last_words_wait = False
+        self.halt()
+        self._host_is_deaf = self._input_ended = self._last_words_wait = False
 
     def _end_session(self, why: str) -> None:
-        log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
+        self.port.links.log.info("port %d: host %s: %s", self.port.id, self.chardev.describe(), why)
         self._drop_unread()
         self._forget_peer()
         self.chardev.disconnect()
@@ -115,16 +119,21 @@ class PortPump(BackEnd):
     # -- what the port says (port.BackEnd) -----------------------------------------------------------------------------
 
     def tx_ready(self) -> None:
-        """The guest has sent something. A host that is full is not asked again until the loop says that it has room."""
+        """The guest has sent something. A host that is full is not asked again until it has room."""
         if self._host_is_deaf:
             self.port.give_up()
-        elif not self._host_is_slow:
+        elif not self._output.waiting:
             self._drain()
 
     def rx_ready(self) -> None:
         """The guest has given buffers, or may have."""
-        self._guest_has_buffers = True
+        self._input.wake()
         self._watch()
+
+    def halt(self) -> None:
+        """The port is no more: what is in its rings is for nobody."""
+        self._output.stop()
+        self._input.stop()
 
     def guest_connected(self, connected: bool, cause: Cause) -> None:
         """The guest's end opened or closed: bytes of the host are read, or left in the transport."""
@@ -144,7 +153,7 @@ class PortPump(BackEnd):
             else:
                 self.chardev.write(memoryview(bytes([byte])))
         except OSError as exc:
-            log.info("port %d: emergency byte lost: %s", self.port.id, exc)
+            self.port.links.log.info("port %d: emergency byte lost: %s", self.port.id, exc)
 
     def announce_host(self, port: Port) -> None:
         """The guest was moved, and hears now that its host of before is gone: ours is another session."""
@@ -168,9 +177,21 @@ class PortPump(BackEnd):
     # -- guest to host -------------------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
+        chardev = self.chardev
+        if chardev.write_fd < 0:
+            self._settle_output(self._offer)
+            return
+        if not self._output.moves:
+            self._output.start(chardev.write_fd, chardev.log_fd, tells_blocked=self.port.console)
+        self._settle_output(self._output.run)
+
+    def _output_has_news(self) -> None:
+        self._settle_output(self._output.result)
+
+    def _settle_output(self, turn: Callable[[], Status]) -> None:
         with self.port.blaming(self.port.tx):
             try:
-                status = self._drain_until_quiet()
+                status = turn()
             except OSError as exc:
                 self.port.notify(self.port.tx)
                 self._output_failed(exc)
@@ -183,7 +204,8 @@ class PortPump(BackEnd):
         if not self._reading():
             self._end_session(error.strerror or str(error))
             return
-        self._host_is_deaf, self._host_is_slow = True, False
+        self._host_is_deaf = True
+        self._output.stop()
         self.port.give_up()
         self._watch()
 
@@ -191,59 +213,40 @@ class PortPump(BackEnd):
         """Whether bytes of the host are for a guest that is there."""
         return self.chardev.read_fd >= 0 and self._guest_open and not self._input_ended
 
-    def _drain_until_quiet(self) -> Status:
-        """Drains with kicks off; after the last chain asks for kicks, and looks once more (R-RING-18)."""
+    def _offer(self) -> Status:
+        """A turn of a chardev without descriptor: with kicks off, and then one more look (R-RING-18)."""
         tx = self.port.tx
         tx.kicks_off()
-        status = self._drain_once()
+        status = tx.drain_into(self.chardev.write)
         if status is Status.EMPTY and tx.kicks_on():
             status = Status.MORE
+        if status is Status.MORE:
+            self.port.links.backlog(tx.index)
         return status
 
-    def _drain_once(self) -> Status:
-        chardev, tx = self.chardev, self.port.tx
-        if chardev.write_fd >= 0:
-            return tx.drain(chardev.write_fd, log_fd=chardev.log_fd)
-        return tx.drain_into(chardev.write)
-
     def _drained(self, status: Status) -> None:
-        if status is Status.MORE:
-            self.port.links.backlog(self.port.tx.index)
-        elif status is Status.BLOCKED and self.port.console:
+        if status is Status.BLOCKED and self.port.console:
             self.port.discard()  # the sender spins with a lock held until its bytes are taken (R-CON-45)
-        elif self._host_is_slow != (status is Status.BLOCKED):
-            self._host_is_slow = status is Status.BLOCKED
-            self._watch()
 
     # -- host to guest -------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
+        self._settle_input(self._input.run)
+
+    def _input_has_news(self) -> None:
+        self._settle_input(self._input.result)
+
+    def _settle_input(self, turn: Callable[[], Status]) -> None:
         with self.port.blaming(self.port.rx):
             try:
-                status = self._fill_until_quiet()
+                status = turn()
             except OSError as exc:
                 self.port.notify(self.port.rx)
                 self._end_session(exc.strerror or str(exc))
                 return
             self.port.notify(self.port.rx)
-            self._filled(status)
-
-    def _fill_until_quiet(self) -> Status:
-        """Fills; without buffers asks for a kick, and looks once more. While there are buffers no kick is needed."""
-        rx = self.port.rx
-        status = rx.fill(self.chardev.read_fd)
-        if status is Status.EMPTY and rx.kicks_on():
-            status = Status.MORE
-        elif status is Status.BLOCKED:
-            rx.kicks_off()
-        return status
-
-    def _filled(self, status: Status) -> None:
-        if status is Status.EOF:
-            self._input_over()
-        elif status in {Status.EMPTY, Status.STOPPED}:
-            self._guest_has_buffers = False
-            self._watch()
+            if status is Status.EOF:
+                self._input_over()
 
     def _input_over(self) -> None:
         if self.chardev.eof_ends_session or self._host_is_deaf:
@@ -255,17 +258,21 @@ class PortPump(BackEnd):
     # -- what the loop is asked for ----------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        """Brings what the loop watches in line with what either direction waits for."""
+        """Brings what the loop watches, and whether the input flows, in line with how things stand."""
         if not self.port.state.host_connected:
             return
         wanted = self._wanted()
         for fd in self._watched.keys() - wanted.keys():
-            self.loop.unwatch(fd)
+            self.loop.ignore(fd)
             del self._watched[fd]
         for fd, events in wanted.items():
             if self._watched.get(fd) != events:
                 self._watched[fd] = events
                 self._watch_fd(fd, events)
+        if not self._reading():
+            self._input.stop()
+        elif not self._input.moves:
+            self._input.start(self.chardev.read_fd)
 
     def _wanted(self) -> dict[int, int]:
         """Events by descriptor. A guest that does not read is no reason to miss that the host leaves: RDHUP is on.
@@ -276,15 +283,15 @@ class PortPump(BackEnd):
         """
         wanted: dict[int, int] = {}
         read_fd, write_fd = self.chardev.read_fd, self.chardev.write_fd
-        if write_fd >= 0 and (write_fd != read_fd or self._host_is_slow):
-            wanted[write_fd] = WRITE if self._host_is_slow else 0
+        if write_fd >= 0 and write_fd != read_fd:
+            wanted[write_fd] = 0
         if read_fd >= 0 and (events := self._wanted_of_input()):
             wanted[read_fd] = wanted.get(read_fd, 0) | events
         return wanted
 
     def _wanted_of_input(self) -> int:
         reading = self._reading()
-        if (reading and self._guest_has_buffers) or self._throwing_away():
+        if self._throwing_away():
             return READ | RDHUP
         waiting = self._last_words_wait if reading else self._input_ended
         return RDHUP if self.chardev.eof_ends_session and not waiting else 0
@@ -303,14 +310,15 @@ class PortPump(BackEnd):
 
     def _take_turn(self, fd: int) -> None:
         self._turns.remove(fd)
-        self._on_ready(fd, self._watched.get(fd, 0) & (READ | WRITE))
+        self._on_ready(fd, self._watched.get(fd, 0) & READ)
         if self._watched.get(fd, 0) & READ:
             self._give_turn(fd)
 
     def _on_ready(self, fd: int, ready: int) -> None:
-        if fd == self.chardev.write_fd and ready & (WRITE | HUP) and not self._host_is_deaf:
+        hung_up = fd == self.chardev.write_fd and bool(ready & HUP)
+        if hung_up and not self._host_is_deaf:
             self._drain()
-        if fd == self.chardev.write_fd and ready & HUP and fd != self.chardev.read_fd:
+        if hung_up and fd != self.chardev.read_fd:
             self._end_session("left")
         elif fd == self.chardev.read_fd and ready & (READ | RDHUP | HUP):
             self._on_input(ready)
@@ -333,7 +341,7 @@ class PortPump(BackEnd):
             self._input_over()
 
     def _on_input(self, ready: int) -> None:
-        if self._reading() and self._guest_has_buffers:
+        if self._reading() and self._input.moves and not self._input.waiting:
             self._fill()
         elif self._throwing_away():
             self._throw_away()

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vsport.addresses import UnixAddress
 from vsport.chardev import KINDS
-from vsport.chardev.base import Chardev
 from vsport.errors import HostError, UsageError
-from vsport.events import EventLog, open_events
-from vsport.handover import Cargo, Offer, Takeover
-from vsport.host import Host
+from vsport.events import Journal, open_events
+from vsport.handover import Takeover
+from vsport.limits import raise_descriptor_limit
 from vsport.loop import Loop
 from vsport.option_table import Option, help_lines
-from vsport.options import DEVICES, parse_configuration
+from vsport.options import DEVICES
+from vsport.template import PLACEHOLDER, Plan, plans
 from vsport.turns import ask_for_short_turns
-from vsport.vhost_user.server import Server
+from vsport.vm import Vm, tell
 
 __all__ = ["CAPABILITIES", "description", "option_help", "serve"]
 
@@ -45,11 +48,20 @@ _DEVICE_SUMMARIES = {
     "virtio-serial-device": "the same as virtio-serial",
 }
 
+_POLL_MAX_NS = 100_000
+"""A guest's answer to a byte takes less; with a spin as long as that the answer's kick wakes nobody."""
+_POLL_LIMIT_NS = 1_000_000_000
+
 _EXIT_CODES = {
     signal.SIGTERM: 0,  # R-VU-100: the regular end
     signal.SIGINT: 128 + signal.SIGINT,
     signal.SIGHUP: 128 + signal.SIGHUP,
 }
+
+
+_OWN_DESCRIPTORS = 32
+"""What the interpreter, the loop, the log and the events have, and some to spare."""
+_NAMES_TOLD = 20
 
 
 def description() -> str:
@@ -89,27 +101,35 @@ def _summaries(kinds: Mapping[str, _Kind]) -> list[str]:
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Runs until a signal says stop, or another process takes over; returns the exit code.
+    """Runs until a signal says stop, or another process has taken over everything; returns the exit code.
 
     Raises UsageError, HostError.
     """
     _check(arguments)
-    logging.basicConfig(level=arguments.log_level.upper(), format="vsport: %(message)s", stream=sys.stderr)
+    wanted = plans([*arguments.vm, *_listed(arguments.vms)], _template(arguments))
+    _log_to_stderr(arguments.log_level)
     ask_for_short_turns()
-    loop = Loop()
-    try:
+    with contextlib.closing(Loop(poll_max_ns=_poll_max_ns(arguments.poll_max_ns))) as loop:
+        daemon = _Daemon(loop)
         if arguments.takeover is not None:
-            return _take_over(loop, arguments)
-        return _Daemon(loop, arguments.chardev, arguments.device, arguments.events).run(arguments)
-    finally:
-        loop.close()
+            return daemon.take_over(wanted)
+        return daemon.serve(wanted)
+
+
+def _poll_max_ns(asked: int | None) -> int:
+    """On one processor whoever is waited for could not run meanwhile."""
+    if asked is None:
+        return _POLL_MAX_NS if len(os.sched_getaffinity(0)) > 1 else 0
+    return asked
 
 
 def _check(arguments: argparse.Namespace) -> None:
     """What can be said of the options by themselves; raises UsageError."""
-    for option in ("--socket-path", "--handover", "--takeover", "--events"):
+    for option in ("--socket-path", "--handover", "--takeover", "--events", "--vms"):
         if _value(arguments, option) == "":
             raise UsageError(f"{option} is empty")
+    if arguments.poll_max_ns is not None and not 0 <= arguments.poll_max_ns <= _POLL_LIMIT_NS:
+        raise UsageError(f"--poll-max-ns {arguments.poll_max_ns} is not in 0 to {_POLL_LIMIT_NS} (a second)")
     if arguments.handover is not None:
         UnixAddress(arguments.handover)
     if arguments.takeover is not None:
@@ -126,94 +146,105 @@ def _value(arguments: argparse.Namespace, option: str) -> Any:
     return getattr(arguments, option.removeprefix("--").replace("-", "_"))
 
 
-def _take_over(loop: Loop, arguments: argparse.Namespace) -> int:
-    """Goes on with the device of the process that offers it at --takeover PATH."""
-    again = arguments.handover is not None and _same_file(arguments.handover, arguments.takeover)
-    events = arguments.events if arguments.events in (None, "-") else os.path.abspath(arguments.events)
-    elsewhere = None if again or arguments.handover is None else os.path.abspath(arguments.handover)
-    with Takeover(arguments.takeover) as takeover:
-        configuration = takeover.configuration()
-        daemon = _Daemon(loop, configuration.chardevs, configuration.devices, events)
-        daemon.take(takeover, keep_offer=again, offer_at=elsewhere)
-    return daemon.go_on()
+def _template(arguments: argparse.Namespace) -> Plan:
+    return Plan(
+        socket_path=arguments.socket_path,
+        fd=arguments.fd,
+        handover=arguments.handover,
+        takeover=arguments.takeover,
+        events=arguments.events,
+        chardevs=tuple(arguments.chardev),
+        devices=tuple(arguments.device),
+    )
 
 
-def _same_file(one: str, other: str) -> bool:
+def _listed(path: str | None) -> list[str]:
+    """The names in a file, one a line; empty lines do not count. Raises HostError, UsageError."""
+    if path is None:
+        return []
     try:
-        return os.path.samefile(one, other)
-    except OSError:
-        return False
+        with open(0 if path == "-" else path, "rb", closefd=path != "-") as file:
+            names = [os.fsdecode(line) for raw in file if (line := raw.strip())]
+    except OSError as exc:
+        raise HostError(f"cannot read the names in {path}: {exc.strerror}") from exc
+    if not names:
+        raise UsageError(f"--vms {path}: there is no name in it")
+    return names
+
+
+def _log_to_stderr(level: str) -> None:
+    """Lines that are about one of many devices begin with its name."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("vsport: %(whose)s%(message)s", defaults={"whose": ""}))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
 class _Daemon:
-    """Host and server on one loop, until a signal. Raises UsageError, HostError."""
+    """Virtual machines on one loop, until a signal, or until none is left. Raises UsageError, HostError."""
 
-    def __init__(self, loop: Loop, chardevs: Sequence[str], devices: Sequence[str], events: str | None) -> None:
+    def __init__(self, loop: Loop) -> None:
         self.loop = loop
-        self.host = Host(loop, parse_configuration(chardevs, devices))
-        self.server = Server(self.host.device, loop)
-        self.server.on_disconnected = self._front_end_left
-        self.cargo = Cargo(self.host, self.server, chardevs, devices)
-        self.events = None if events is None else EventLog(loop, self.host.device, open_events(events))
-        self.offer: Offer | None = None
+        self.vms: dict[str, Vm] = {}
         self.exit_code: int | None = None
+        self._journals: dict[str, Journal] = {}
+        self._untried: deque[Plan] = deque()
+        """Whose takeover has yet to come."""
+        self._obeying = False
 
-    def run(self, arguments: argparse.Namespace) -> int:
+    def serve(self, wanted: Sequence[Plan]) -> int:
+        """Serves all of them, or none; returns the exit code."""
         self._obey_signals()
-        try:
-            self.host.open()
-            self._tell_about_chardevs()
-            self._wait_for_peers()
-            if self.exit_code is None:
-                self._listen(arguments)
-                self._offer_at(arguments.handover)
-                self.loop.run()
-        finally:
-            self._close()
-        return self.exit_code or 0
-
-    def take(self, takeover: Takeover, *, keep_offer: bool, offer_at: str | None) -> None:
-        """Becomes what another process was. Its offer of the device is kept, or ends; another may be made at a path."""
-        self._offer_at(offer_at)
-        if self.offer is not None:
-            takeover.if_it_fails(self.offer.close)
-        inherited = takeover.take(self.cargo, self._handed_over)
-        self._obey_signals()
-        takeover.ready()
-        self.cargo.resume()
-        log.info("taken over; the device was paused for %.1f ms", takeover.milliseconds)
-        if keep_offer:
-            self.offer = inherited
-            self.offer.start()
-        else:
-            inherited.close()
-
-    def go_on(self) -> int:
-        """As run(), after take()."""
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            for plan in wanted:
+                self.vms[plan.vm] = Vm(self.loop, plan, self._journal(plan.events), self._over)
+            vms = list(self.vms.values())
+            if len(vms) > 1:
+                _check_claims(vms)
+            _allow_descriptors(vms)
+            for vm in vms:
+                vm.open()
+            for vm in vms:
+                vm.start()
+            if len(vms) > 1:
+                for vm in vms:
+                    vm.on_failure = self._give_up
             self.loop.run()
-        finally:
-            self._close()
         return self.exit_code or 0
 
-    def _offer_at(self, path: str | None) -> None:
-        if path is not None:
-            self.offer = Offer(path, self.loop, self.cargo, self._handed_over)
-            self.offer.listen()
-            self.offer.start()
+    def _journal(self, path: str | None) -> Journal | None:
+        """Where to write events; many virtual machines may share one."""
+        if path is None:
+            return None
+        if path not in self._journals:
+            self._journals[path] = open_events(path)
+        return self._journals[path]
 
-    def _handed_over(self) -> None:
-        self._stop(0)
+    def _over(self, vm: Vm) -> None:
+        """There is nothing more to do for ``vm``."""
+        vm.close()
+        del self.vms[vm.plan.vm]
+        if not self.vms and not self._untried:
+            self._stop(0)
+
+    def _give_up(self, vm: Vm, why: HostError) -> None:
+        """One of many cannot be served: that is no reason to stop the others."""
+        tell(str(why))
+        self._over(vm)
 
     def _close(self) -> None:
-        if self.offer is not None:
-            self.offer.close()
-        self.server.close()
-        self.host.close()
-        if self.events is not None:
-            self.events.close()
+        with contextlib.ExitStack() as stack:  # whatever goes wrong with one of them
+            for journal in self._journals.values():
+                stack.callback(journal.close)
+            for vm in self.vms.values():
+                stack.callback(vm.close)
+
+    # -- signals -------------------------------------------------------------------------------------------------------
 
     def _obey_signals(self) -> None:
+        if self._obeying:
+            return
+        self._obeying = True
         for number, exit_code in _EXIT_CODES.items():
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # It is under nohup.
                 self.loop.on_signal(number, partial(self._stop, exit_code))
@@ -223,41 +254,117 @@ class _Daemon:
             self.exit_code = exit_code
         self.loop.stop()
 
-    def _front_end_left(self) -> None:
-        """Who was given one connected socket (--fd) has nothing to wait for."""
-        if not self.server.listening:
-            self._stop(0)
+    # -- takeover ------------------------------------------------------------------------------------------------------
 
-    def _tell_about_chardevs(self) -> None:
-        """Where the host's program has to go if the system chose that (a terminal, a free TCP port); a likely slip."""
-        in_use = {pump.chardev.id for pump in self.host.pumps.values()}
-        for option in self.host.configuration.chardevs:
-            if option.id not in in_use:
-                _tell(f"chardev {option.id} has no port; give one: --device virtserialport,chardev={option.id}")
-            elif option.kind == "pty" or option.options.get("port") == "0":
-                _tell(f"chardev {option.id} is {_address(self.host.chardevs[option.id])}")
+    def take_over(self, wanted: Sequence[Plan]) -> int:
+        """Goes on with the devices of the process that offers them, and returns the exit code.
 
-    def _wait_for_peers(self) -> None:
-        """wait=on: the VM starts when the host's programs are there."""
-        announced: set[str] = set()
-        while self.exit_code is None and (missing := self.host.missing_peers()):
-            for chardev in missing:
-                if chardev.id not in announced:
-                    _tell(f"waiting for a connection on {_address(chardev)}")
-                    announced.add(chardev.id)
-            self.loop.run_once(None)
+        Of many, each is taken in a round of its own, so that those that were taken before it do not stand still. What
+        cannot be taken stays where it is, and is told; the others go on here.
+        """
+        _check_distinct(wanted)
+        plans = [_absolute(plan) for plan in wanted]
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._close)
+            if len(plans) == 1:
+                self._take(plans[0])
+            else:
+                self._untried.extend(plans)
+                self.loop.call_soon(partial(self._take_next, []))
+            self.loop.run()
+        return self.exit_code or 0
 
-    def _listen(self, arguments: argparse.Namespace) -> None:
-        if arguments.fd is not None:
-            self.server.adopt(arguments.fd)
+    def _take(self, plan: Plan) -> None:
+        assert plan.takeover is not None
+        again = plan.handover is not None and _same_file(plan.handover, plan.takeover)
+        with Takeover(plan.takeover) as takeover:
+            chardevs, devices = map(tuple, takeover.configuration())
+            plan = replace(plan, chardevs=chardevs, devices=devices)
+            vm = Vm(self.loop, plan, self._journal(plan.events), self._over)
+            vm.take(takeover, keep_offer=again, before_ready=self._obey_signals)
+        self.vms[plan.vm] = vm
+
+    def _take_next(self, failed: list[str]) -> None:
+        plan = self._untried.popleft()
+        try:
+            self._take(plan)
+        except (HostError, UsageError) as exc:
+            tell(str(exc), plan.vm)
+            failed.append(plan.vm)
+            if isinstance(exc.__cause__, TimeoutError):  # it hangs: those that run here shall not wait for the others
+                failed += [plan.vm for plan in self._untried]
+                self._untried.clear()
+        if self._untried:
+            self.loop.call_soon(partial(self._take_next, failed))
+        elif failed:
+            self._tell_of(failed)
+
+    def _tell_of(self, failed: list[str]) -> None:
+        """Which process has which, when not all could be taken."""
+        tell(f"not taken over, and left where they are: {_some(failed)}")
+        if self.vms:
+            tell(f"taken over, and served here now: {_some(list(self.vms))}")
         else:
-            self.server.listen(arguments.socket_path)
+            self._stop(1)
 
 
-def _address(chardev: Chardev) -> str:
-    return chardev.describe().removeprefix("disconnected:")
+def _check_claims(vms: Iterable[Vm]) -> None:
+    """That no two chardevs or sockets of theirs want the same path, address or stream. Raises UsageError."""
+    owners: dict[str, str] = {}
+    for vm in vms:
+        for place, what in vm.claims():
+            owner = f"{vm.plan.vm}'s {what}"
+            other = owners.setdefault(place, owner)
+            if other is not owner:
+                raise UsageError(
+                    f"{other} and {owner} cannot both have {place}: "
+                    f"each needs its own ({PLACEHOLDER} stands for the virtual machine's name)"
+                )
 
 
-def _tell(what: str) -> None:
-    """On standard error: standard output can be a port (--chardev stdio)."""
-    print(f"vsport: {what}", file=sys.stderr, flush=True)
+def _check_distinct(wanted: Iterable[Plan]) -> None:
+    """That each of them comes from a place of its own, and is offered at one. Raises UsageError."""
+    for option in ("takeover", "handover"):
+        paths = [path for plan in wanted if (path := getattr(plan, option)) is not None]
+        if len(set(paths)) < len(paths):
+            raise UsageError(
+                f"--{option} {paths[0]}: each virtual machine needs its own ({PLACEHOLDER} stands for its name)"
+            )
+
+
+def _allow_descriptors(vms: Sequence[Vm]) -> None:
+    """Raises the limit as far as it goes. Raises HostError if they cannot even be opened with that."""
+    least = _OWN_DESCRIPTORS + sum(vm.descriptors.least for vm in vms)
+    most = _OWN_DESCRIPTORS + sum(vm.descriptors.most for vm in vms)
+    allowed = raise_descriptor_limit(most)
+    limit = f"this process may have {allowed} (ulimit -n; with systemd, LimitNOFILE=)"
+    if least > allowed:
+        raise HostError(f"{least} descriptors are needed to begin with, and {limit}")
+    if most > allowed:
+        log.warning(
+            "with all guests running, up to %d descriptors are needed, and %s; fewer ports need fewer "
+            "(--device virtio-serial,max_ports=N)",
+            most,
+            limit,
+        )
+
+
+def _absolute(plan: Plan) -> Plan:
+    """With paths that stay what they are in the directory of the process that is taken over from."""
+    paths = {
+        option: path for option in ("takeover", "handover", "events") if (path := getattr(plan, option)) is not None
+    }
+    return replace(plan, **{option: path if path == "-" else os.path.abspath(path) for option, path in paths.items()})
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = len(names) - _NAMES_TOLD
+    return ", ".join(names[:_NAMES_TOLD]) + (f" and {more} more" if more > 0 else "")

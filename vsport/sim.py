@@ -122,8 +122,7 @@ class Direct:
             queue.size,
             *(_FRONT_END_BASE + gpa for gpa in (queue.desc, queue.avail, queue.used)),
             base=base,
-            event_idx=bool(self.device.negotiated & Feature.EVENT_IDX),
-            indirect=bool(self.device.negotiated & Feature.INDIRECT_DESC),
+            **self.device.ring_options,
             reset=reset,
         )
         self.device.queue_started(index)
@@ -171,6 +170,8 @@ class _Ring:
             size,
             event_idx=bool(guest.features & Feature.EVENT_IDX),
             indirect=bool(guest.features & Feature.INDIRECT_DESC),
+            packed=bool(guest.features & Feature.RING_PACKED),
+            in_order=bool(guest.features & Feature.IN_ORDER),
         )
         pieces = -(-buffer_size // self._piece)
         self._free = [guest.allocate(buffer_size) for _ in range(size if self._indirect else size // pieces)]

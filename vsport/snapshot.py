@@ -81,6 +81,7 @@ class QueueState:
     index: int
     size: int
     next_avail: int
+    """As DeviceQueue has it: in a packed ring the slot, with the wrap counter in bit 15."""
     offset: int = 0
 
 
@@ -252,8 +253,6 @@ def _read_queue(where: str, value: object) -> QueueState:
         offset=fields.integer("offset", 0, _OFFSET_MAX),
     )
     fields.end()
-    if queue.size & (queue.size - 1):
-        raise DocumentError(f"{where}: size {queue.size} is no power of two (R-RING-01)")
     return queue
 
 
@@ -309,10 +308,21 @@ def _check_consistency(snapshot: Snapshot) -> None:
         raise DocumentError("snapshot: two ports have one name")
     if snapshot.features & ~_FEATURES:
         raise DocumentError(f"snapshot: features {snapshot.features:#x} are not all known")
+    for queue in snapshot.queues:
+        _check_queue(queue, packed=bool(snapshot.features & Feature.RING_PACKED))
     for port in snapshot.ports:
         multiport = snapshot.features & Feature.MULTIPORT
         if multiport and port.state.device_ready and not port.added:
             raise DocumentError(f"snapshot: port {port.config.id} is ready, and the driver was never told of it")
+
+
+def _check_queue(queue: QueueState, *, packed: bool) -> None:
+    if not packed and queue.size & (queue.size - 1):
+        raise DocumentError(f"snapshot: queue {queue.index}: size {queue.size} is no power of two (R-RING-01)")
+    if packed and queue.next_avail & 0x7FFF >= queue.size:
+        raise DocumentError(
+            f"snapshot: queue {queue.index}: next_avail {queue.next_avail:#x} is no slot of it (R-VU-18)"
+        )
 
 
 def _check_unique(what: str, numbers: list[int], *, below: int) -> None:

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from vsport.connection import State
+from vsport.constants import Feature
 from vsport.lab.run import PIPE, Guest
 from vsport.lab.served import Served
 from vsport.lab.tree import Tree
@@ -27,11 +28,11 @@ NUMBERS = (1, 2, 3)
 class World:
     """A device in this process with org.test.1 to 3 and a console, a booted guest, and the sockets of its hosts."""
 
-    def __init__(self, kind, tree, directory, **options):
+    def __init__(self, kind, tree, directory, *, bus="virtio-serial", **options):
         self.directory = directory
         self._undo = contextlib.ExitStack()
         chardevs = [f"socket,id=c{n},path={directory}/{n},server=on,wait=off" for n in (0, *NUMBERS)]
-        ports = ["virtconsole,chardev=c0,name=org.test.console"]
+        ports = [bus, "virtconsole,chardev=c0,name=org.test.console"]
         ports += [f"virtserialport,chardev=c{n},name=org.test.{n},nr={n}" for n in NUMBERS]
         vm_socket = directory / "vm"
         self.served = self._undo.enter_context(Served(parse_configuration(chardevs, ports), vm_socket))
@@ -355,6 +356,23 @@ def test_a_port_survives_two_hundred_sessions_that_end_half_way(world):
         assert receive(host, 14) == hashlib.sha256(b"after all that").hexdigest()
         assert echoing.wait(PATIENCE) == 0
     world.wait_for_state(2, State.B)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kernel_uses_packed_rings(kind, lab_tree, tmp_path):
+    """R-RING-40 to 52: bytes both ways, and the host leaves and returns; in order if the kernel knows that."""
+    bus = "virtio-serial-pci,packed=on,in_order=on"
+    with contextlib.closing(World(kind, lab_tree, tmp_path, bus=bus)) as world:
+        negotiated = world.served.call(lambda host: host.device.negotiated)
+        assert negotiated & Feature.RING_PACKED
+        for size in (4, 1):
+            with world.connect(1) as host, world.python(TRANSFER, size) as program:
+                received = receive(host, size << 20)
+                assert program.stdout.readline().decode().strip() == received
+                sent = send(host, size << 20)
+                assert program.stdout.readline().decode().strip() == sent
+                assert program.wait(PATIENCE) == 0
+            world.wait_for_state(1, State.B)
 
 
 def test_a_host_that_leaves_while_the_vm_is_paused_is_not_slept_through(lab_tree, tmp_path):

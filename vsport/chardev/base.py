@@ -209,6 +209,10 @@ class Chardev(ABC):
         """As QEMU's query-chardev shows it, e.g. ``disconnected:unix:/run/x.sock,server=on``."""
         return self.kind
 
+    def claims(self) -> list[str]:
+        """What it cannot share with another chardev, as far as that can be said before open(): paths, addresses."""
+        return [] if self.log is None or self.log.append else [os.path.abspath(self.log.path)]
+
     def write(self, data: memoryview) -> int:
         """Takes bytes of the guest where there is no ``write_fd``; returns how many (0: none now)."""
         raise AssertionError(f"chardev {self.kind} is written to through its descriptor")

@@ -47,6 +47,11 @@ class File(AlwaysConnected):
         self.input_path = input_path
         self._written = False
 
+    def claims(self) -> list[str]:
+        """Files that are appended to may be shared, and so may devices such as /dev/null."""
+        shared = self.append or self.path.startswith("/dev/")
+        return [*super().claims(), *([] if shared else [os.path.abspath(self.path)])]
+
     def _start(self) -> None:
         if self.input_path is not None and self._held("input") < 0:
             self._keep("input", open_file(self.input_path, os.O_RDONLY, "input file"))

@@ -50,6 +50,9 @@ class Pipe(Chardev):
         self._out_path = ""
         self._opens: OpenWatch | None = None
 
+    def claims(self) -> list[str]:
+        return [*super().claims(), os.path.abspath(self.path)]
+
     def _start(self) -> None:
         in_path, self._out_path = self._find()
         if in_path is not None:

@@ -46,6 +46,9 @@ class Pty(Chardev):
         self._linked = False
         self._opens: OpenWatch | None = None
 
+    def claims(self) -> list[str]:
+        return [*super().claims(), *([] if self.link is None else [os.path.abspath(self.link)])]
+
     def describe(self) -> str:
         return f"pty:{self.terminal}" if self.terminal else "pty"
 

@@ -297,6 +297,10 @@ class Socket(Chardev):
             return _Listener(self.loop, self._address, self._adopt)
         return _Connector(self.loop, self._address, self._adopt, self._retry)
 
+    def claims(self) -> list[str]:
+        """What it listens on; where it connects to, others may, too."""
+        return [*super().claims(), *(self._address.claims() if self.server else [])]
+
     def _start(self) -> None:
         self._side = self._make_side()
         self._side.start()

@@ -49,6 +49,9 @@ class Stdio(AlwaysConnected):
         self._made_nonblocking: list[str] = []
         self._modes: list[Any] | None = None
 
+    def claims(self) -> list[str]:
+        return [*super().claims(), "standard input and output"]
+
     def _start(self) -> None:
         if Stdio._holder is not self:
             self._take_streams()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from vsport.document import Fields
@@ -14,8 +13,6 @@ from vsport.vhost_user.session import Session
 from vsport.vhost_user.transport import BrokenConnection, Stream, send_some
 
 __all__ = ["REPLY_SECONDS", "Channel", "cancel"]
-
-log = logging.getLogger("vsport.vhost_user")
 
 REPLY_SECONDS = 5.0
 """How long a front end may leave our reply unread, or our request unanswered."""
@@ -55,7 +52,9 @@ class Channel:
         self._timer = self._loop.call_later(REPLY_SECONDS, self._unanswered)
 
     def _unanswered(self) -> None:
-        log.warning("the front end has not answered on the back-end channel for %g s", REPLY_SECONDS)
+        self._session.device.log.warning(
+            "the front end has not answered on the back-end channel for %g s", REPLY_SECONDS
+        )
         self._timer = None
         self._session.channel_free()
 
@@ -66,21 +65,21 @@ class Channel:
         except BrokenConnection as exc:
             self._lost(str(exc))
         except FrontEndError as exc:
-            log.warning("the front end broke a rule on the back-end channel: %s", str(exc))
+            self._session.device.log.warning("the front end broke a rule on the back-end channel: %s", str(exc))
             self._lost("refused")
 
     def _answered(self) -> None:
         self._stream.drop_fds()
         request, result = decode_reply(self._stream.take_data())
         if result:
-            log.warning("the front end refused request %d of ours: %d", request, result)
+            self._session.device.log.warning("the front end refused request %d of ours: %d", request, result)
         if self._timer is not None:  # else it is an answer that came too late, or to no question
             self._timer.cancel()
             self._timer = None
             self._session.channel_free()
 
     def _lost(self, why: str) -> None:
-        log.info("back-end channel closed: %s", why)
+        self._session.device.log.info("back-end channel closed: %s", why)
         self._session.channel_lost()
         self.close()
 

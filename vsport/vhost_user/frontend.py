@@ -25,7 +25,7 @@ from types import TracebackType
 from typing import Self
 
 from vsport._ring import DirtyLog, DriverQueue, Memory, Region
-from vsport.constants import QUEUE_CONTROL_TX, Feature
+from vsport.constants import PACKED_BEGINNING, QUEUE_CONTROL_TX, Feature
 from vsport.errors import BackEndError, FrontEndError, HostError
 from vsport.loop import READ, Loop
 from vsport.vhost_user.message import (
@@ -84,6 +84,8 @@ _VIRTIO = (
     | Feature.INDIRECT_DESC
     | Feature.EVENT_IDX
     | Feature.VERSION_1
+    | Feature.RING_PACKED
+    | Feature.IN_ORDER
 )
 _NO_LOG = 2**64 - 1
 
@@ -207,7 +209,7 @@ class Ring:
     index: int
     driver: DriverQueue
     base: int = 0
-    """Where the back end is to go on: the next available index."""
+    """Where the back end is to go on, as SET_VRING_BASE has it (R-VU-18)."""
     kick_fd: int = field(default_factory=_eventfd)
     call_fd: int = field(default_factory=_eventfd)
     err_fd: int = field(default_factory=_eventfd)
@@ -468,8 +470,13 @@ class FrontEnd:
 
     # -- rings ---------------------------------------------------------------------------------------------------------
 
-    def add_ring(self, index: int, driver: DriverQueue, base: int = 0) -> Ring:
-        """A driver's queue, not yet shown to the back end; in place of an older one its descriptors stay."""
+    def add_ring(self, index: int, driver: DriverQueue, base: int | None = None) -> Ring:
+        """A driver's queue, not yet shown to the back end; in place of an older one its descriptors stay.
+
+        Without ``base`` it begins at its beginning.
+        """
+        if base is None:
+            base = PACKED_BEGINNING << 16 | PACKED_BEGINNING if driver.packed else 0
         if index in self.rings:
             self.rings[index].driver, self.rings[index].base = driver, base
         else:
@@ -507,7 +514,7 @@ class FrontEnd:
         self.tell(Request.SET_VRING_ENABLE, VringState(index, int(on)).encode())
 
     def get_base(self, index: int) -> int:
-        """Stops a ring; says what the next available index is (R-VU-20)."""
+        """Stops a ring; says where the back end would go on (R-VU-20)."""
         try:
             state = VringState.decode(self.ask(Request.GET_VRING_BASE, VringState(index, 0).encode()))
         except FrontEndError as exc:
@@ -735,11 +742,7 @@ class OverVhostUser:
         ring = self.front_end.rings[index]
         ring.kick()
         if index == QUEUE_CONTROL_TX:
-            self.front_end.until(lambda: self._all_used(ring.driver))
-
-    def _all_used(self, queue: DriverQueue) -> bool:
-        """Whether the device has given back everything that it was given."""
-        return self.memory.read(queue.used + 2, 2) == self.memory.read(queue.avail + 2, 2)
+            self.front_end.until(ring.driver.all_used)
 
     def on_call(self, callback: Callable[[], None]) -> None:
         self._on_call = callback

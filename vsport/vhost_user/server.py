@@ -6,7 +6,6 @@ Nothing here waits: sockets are non-blocking, and the loop says when to go on.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import socket
 from collections.abc import Callable, Hashable
@@ -34,8 +33,6 @@ from vsport.vhost_user.transport import (
 )
 
 __all__ = ["LOG_SECONDS", "POLL_SECONDS", "Server"]
-
-log = logging.getLogger("vsport.vhost_user")
 
 POLL_SECONDS = 0.001
 """How often a ring without kick descriptor is looked at (R-VU-21)."""
@@ -112,7 +109,7 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             self._accept_when_free()
         except OSError as exc:  # no descriptors or no memory: the peer stays in the backlog
-            log.error("cannot accept a front end: %s", exc.strerror)
+            self.device.log.error("cannot accept a front end: %s", exc.strerror)
             self.loop.call_later(_ACCEPT_AGAIN_SECONDS, self._accept_when_free)
         else:
             self._connect(accepted)
@@ -121,7 +118,7 @@ class Server:
         self._connections += 1
         self._connection = Connection(Stream(sock), self.device, self.loop, self._disconnected)
         self._connection.watch()
-        log.info("front end connected")
+        self.device.log.info("front end connected")
         self.on_connected()
 
     def _disconnected(self) -> None:
@@ -249,7 +246,7 @@ class Server:
 
     def _give_up(self, connection: Connection, why: str) -> None:
         if self._connection is connection:
-            log.warning("connection ended, the front end broke a rule: %s", why)
+            self.device.log.warning("connection ended, the front end broke a rule: %s", why)
             connection.close("refused")
 
     def _on_config_change(self) -> None:
@@ -297,13 +294,13 @@ class Connection:
         except BrokenConnection as exc:
             self.close(str(exc))
         except FrontEndError as exc:
-            log.warning("connection ended, the front end broke a rule: %s", str(exc))
+            self.session.device.log.warning("connection ended, the front end broke a rule: %s", str(exc))
             self.close("refused")
 
     def _handle(self, header: Header) -> None:
         self._header = None
         payload, fds = self._stream.take_data(), self._stream.take_fds()
-        log.debug("%s, %d bytes, %d descriptors", header.name, len(payload), len(fds))
+        self.session.device.log.debug("%s, %d bytes, %d descriptors", header.name, len(payload), len(fds))
         reply = self.session.handle(header, payload, fds)
         if reply is not None:
             self._send(reply)
@@ -345,7 +342,7 @@ class Connection:
 
     def close(self, why: str) -> None:
         """Ends the connection and gives everything back that came through it."""
-        log.info("front end disconnected: %s", why)
+        self.session.device.log.info("front end disconnected: %s", why)
         self._unwatch()
         self.session.close()
         self._drop()
@@ -458,14 +455,14 @@ class Connection:
         try:
             os.write(fd, _SIGNAL)
         except OSError as exc:  # full: there is a signal in it already; gone: nobody listens
-            log.debug("signal to descriptor %d: %s", fd, exc)
+            self.session.device.log.debug("signal to descriptor %d: %s", fd, exc)
 
     # -- Edge: kicks ---------------------------------------------------------------------------------------------------
 
     def watch_kick(self, index: int, fd: int) -> None:
         self.make_nonblocking(fd)
         try:
-            self.loop.watch(fd, READ, functools.partial(self._kicked, index, fd))
+            self.loop.watch_kick(fd, self.session.device.queues[index], functools.partial(self._kicked, index, fd))
         except OSError as exc:
             raise FrontEndError("R-VU-21", f"cannot wait for kicks on this descriptor: {exc.strerror}") from exc
 
@@ -482,7 +479,9 @@ class Connection:
         if alive:
             self.session.kicked(index)
         else:
-            log.warning("queue %d: its kick descriptor is broken, so its kicks are not heard any more", index)
+            self.session.device.log.warning(
+                "queue %d: its kick descriptor is broken, so its kicks are not heard any more", index
+            )
             self.loop.unwatch(fd)
 
     def poll_ring(self, index: int, on: bool) -> None:

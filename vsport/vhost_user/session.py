@@ -5,11 +5,10 @@ Pure state. Descriptors are numbers here; what has to be done with them is asked
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from vsport.constants import QUEUE_SIZE_MAX, Feature
+from vsport.constants import PACKED_BEGINNING, QUEUE_SIZE_MAX, Feature
 from vsport.device import SerialDevice
 from vsport.document import DocumentError, Fields
 from vsport.errors import FrontEndError
@@ -47,8 +46,6 @@ from vsport.vhost_user.vring import Vring, places
 
 __all__ = ["OFFERED", "Reply", "Session"]
 
-log = logging.getLogger("vsport.vhost_user")
-
 OFFERED = int(
     ProtocolFeature.MQ
     | ProtocolFeature.LOG_SHMFD
@@ -66,8 +63,9 @@ the bits that the flag knows, and would let unknown ones pass."""
 _NOT_VIRTIO = int(Feature.PROTOCOL_FEATURES | Feature.LOG_ALL)
 """Bits that front end and back end have for themselves, among those of the guest's driver."""
 
-_EVENT_IDX, _INDIRECT_DESC = int(Feature.EVENT_IDX), int(Feature.INDIRECT_DESC)
 _STATUS_NEEDS_RESET = 0x40
+_PACKED_FLAGS, _PACKED_USED = 14, 0x8000
+"""In a packed descriptor (R-RING-40)."""
 _CONFIG_WRITE_BY_GUEST, _CONFIG_WRITE_BY_MIGRATION = 0, 1
 
 
@@ -131,7 +129,7 @@ class Session:
             if row.replies or not (wanted or self._shapes_a_ring(decoded)):
                 raise
             # As text: whoever keeps the error keeps its traceback, and with it mappings that have to go.
-            log.warning("front end's %s refused: %s", header.name, str(exc))
+            self.device.log.warning("front end's %s refused: %s", header.name, str(exc))
             return self._refuse(header, decoded, wanted)
         if reply is not None:
             return Reply(encode_reply(header.request, reply.data), reply.fd)
@@ -202,7 +200,7 @@ class Session:
         try:
             data = self.device.read_config(config.offset, len(config.data))
         except FrontEndError as exc:
-            log.warning("front end's GET_CONFIG refused: %s", exc)
+            self.device.log.warning("front end's GET_CONFIG refused: %s", exc)
             return b""  # how this message reports an error (R-VU-26)
         return Config(config.offset, config.flags, data).encode()
 
@@ -276,7 +274,7 @@ class Session:
             if self.memory.table.lost:
                 self.device.fault(index, exc)  # which ends the session (R-RING-82)
             else:
-                log.warning("queue %d is not in the new memory: %s", index, str(exc))
+                self.device.log.warning("queue %d is not in the new memory: %s", index, str(exc))
                 self.queue_failed(index)
         return vring.live
 
@@ -308,12 +306,14 @@ class Session:
             area = layout(asked, len(self.vrings))
             return Reply(area.encode(), self.edge.make_shared(area.mmap_size))
         except FrontEndError as exc:
-            log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
+            self.device.log.warning("front end's GET_INFLIGHT_FD refused: %s", exc)
             return Reply(InflightArea(0, 0, asked.num_queues, asked.queue_size, asked.padded).encode())
 
     def set_inflight_fd(self, area: InflightArea, fds: list[int]) -> None:
         if not self.suspended:
             raise FrontEndError("R-VU-85", "other in-flight descriptors while rings run")
+        if self._packed:
+            raise FrontEndError("R-VU-90", "chains in flight are not kept for packed rings")
         share = Share(self.edge, fds[0], area.mmap_offset, area.mmap_size)
         fds.clear()
         region = InflightRegion(area, share, len(self.vrings))
@@ -343,7 +343,7 @@ class Session:
         try:
             self.transfer.begin(asked, fds)
         except FrontEndError as exc:
-            log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
+            self.device.log.warning("front end's SET_DEVICE_STATE_FD refused: %s", exc)
             return encode_u64(NO_FD | 1)
         return encode_u64(NO_FD)
 
@@ -366,17 +366,31 @@ class Session:
 
     def set_vring_num(self, state: VringState, _: list[int]) -> None:
         vring = self._reconfigure(state.index)
-        if not 1 <= state.num <= QUEUE_SIZE_MAX or state.num & (state.num - 1):
+        if not 1 <= state.num <= QUEUE_SIZE_MAX or (state.num & (state.num - 1) and not self._packed):
             vring.size = 0
             raise FrontEndError("R-RING-01", "a queue's size is a power of two, at most 32768", size=state.num)
         vring.size = state.num
 
     def set_vring_base(self, state: VringState, _: list[int]) -> None:
-        if state.num > 0xFFFF:
-            raise FrontEndError("R-VU-18", "a split ring's base has 16 bits", base=hex(state.num))
+        base = self._read_base(state.num)
         vring = self._reconfigure(state.index)
-        vring.rewound = state.num == 0 and (vring.rewound or vring.base != 0)
-        vring.base = state.num
+        vring.rewound = self._is_beginning(base) and (vring.rewound or not self._is_beginning(vring.base))
+        vring.base = base
+
+    def _read_base(self, num: int) -> int:
+        """A packed ring has two places, which are one here: no chain is taken before it can be returned (R-VU-18)."""
+        if not self._packed:
+            if num > 0xFFFF:
+                raise FrontEndError("R-VU-18", "a split ring's base has 16 bits", base=hex(num))
+            return num
+        if num & 0xFFFF != num >> 16:
+            what = "a packed ring whose chains were taken and not returned cannot go on here"
+            raise FrontEndError("R-VU-18", what, base=hex(num))
+        return num & 0xFFFF
+
+    def _is_beginning(self, base: int) -> bool:
+        """User Mode Linux says 0 for a packed ring, too (R-RING-49)."""
+        return base == 0 or (self._packed and base == PACKED_BEGINNING)
 
     def set_vring_addr(self, address: VringAddress, _: list[int]) -> None:
         """Refused if a part is misaligned or outside memory (R-RING-09). Other ``flags`` alone do not stop a ring."""
@@ -392,7 +406,7 @@ class Session:
         """Stops the ring, kicks included: a late one must not start it, only SET_VRING_KICK may (R-VU-20)."""
         vring = self._reconfigure(state.index)
         self._replace_kick(vring, -1)
-        return VringState(state.index, vring.base).encode()
+        return VringState(state.index, vring.base << 16 | vring.base if self._packed else vring.base).encode()
 
     def set_vring_kick(self, payload: VringFd, fds: list[int]) -> None:
         """Starts the ring. Chains may be waiting already, so it is looked at without a kick (R-VU-50, R-VU-53)."""
@@ -431,6 +445,10 @@ class Session:
         vring.enabled = bool(state.num)
         self._settle(state.index)
 
+    @property
+    def _packed(self) -> bool:
+        return bool(self.device.negotiated & Feature.RING_PACKED)
+
     def _vring(self, index: int) -> Vring:
         if index >= len(self.vrings):
             raise FrontEndError("R-VU-22", "no such queue", index=index, queues=len(self.vrings))
@@ -444,11 +462,18 @@ class Session:
         return vring
 
     def _check_layout(self, address: VringAddress, size: int) -> None:
-        parts = {
-            "descriptor table": (address.desc, 16, 16 * size),
-            "available ring": (address.avail, 2, 6 + 2 * size),
-            "used ring": (address.used, 4, 6 + 8 * size),
-        }
+        if self._packed:
+            parts = {
+                "descriptor ring": (address.desc, 16, 16 * size),
+                "driver's event structure": (address.avail, 4, 4),
+                "device's event structure": (address.used, 4, 4),
+            }
+        else:
+            parts = {
+                "descriptor table": (address.desc, 16, 16 * size),
+                "available ring": (address.avail, 2, 6 + 2 * size),
+                "used ring": (address.used, 4, 6 + 8 * size),
+            }
         for name, (start, alignment, length) in parts.items():
             if start % alignment:
                 raise FrontEndError("R-RING-01", f"{name} is misaligned", queue=address.index, address=hex(start))
@@ -500,7 +525,7 @@ class Session:
             self._leave(index, vring)
 
     def _go_live(self, index: int, vring: Vring) -> None:
-        if any(vring.rewound and self._used_index(vring) == 0 for vring in self.vrings):
+        if any(vring.rewound and self._looks_unused(vring) for vring in self.vrings):
             self._begin_anew()
         self._start_queue(index, vring)
         vring.live = True
@@ -526,14 +551,22 @@ class Session:
             vring.address.avail,
             vring.address.used,
             base=vring.base,
-            event_idx=bool(self.device.negotiated & _EVENT_IDX),
-            indirect=bool(self.device.negotiated & _INDIRECT_DESC),
+            **self.device.ring_options,
             reset=vring.base != queue.next_avail,
         )
 
-    def _used_index(self, vring: Vring) -> int | None:
-        """The used index in memory of a ring that may not be started yet."""
-        return self.memory.number_at(vring.address.used + 2) if vring.address is not None else None
+    def _looks_unused(self, vring: Vring) -> bool:
+        """Whether memory says that nothing was returned on a ring that may not be started yet (R-VU-71).
+
+        A split ring has an index for that. A packed one has the flags of its first slot, which are USED for every other
+        turn only: so this is said of a ring that has gone round, too.
+        """
+        if vring.address is None:
+            return False
+        if not self._packed:
+            return self.memory.number_at(vring.address.used + 2) == 0
+        flags = self.memory.number_at(vring.address.desc + _PACKED_FLAGS)
+        return flags is not None and not flags & _PACKED_USED
 
     def _begin_anew(self) -> None:
         """The guest was reset, or its driver bound again.
@@ -541,14 +574,16 @@ class Session:
         No front end says so; it looks like a pause (R-VU-70). But rings that go back to 0 do not after a pause
         (R-VU-71). User Mode Linux always sends base 0, and there a restart always is a reset (R-VU-72).
         """
-        log.info("the guest's driver begins anew")
+        self.device.log.info("the guest's driver begins anew")
         live = [(index, vring) for index, vring in enumerate(self.vrings) if vring.live]
         for index, vring in live:
             self._leave(index, vring)
         for vring in self.vrings:
             vring.rewound = False
             if not vring.started:
-                vring.base = 0  # the rings that follow one by one are not evidence of one more reset
+                vring.base = (
+                    PACKED_BEGINNING if self._packed else 0
+                )  # the rings that follow one by one are not evidence of one more reset
         self._forget_inflight()
         self.device.reset()
         for index, _ in live:
@@ -683,7 +718,7 @@ class Session:
             raise DocumentError(f"{fields.where}: {len(states)} rings, but the device has {len(self.vrings)} queues")
         held = set()
         for index, (vring, state) in enumerate(zip(self.vrings, states, strict=True)):
-            vring.take(index, state, delivery)
+            vring.take(index, state, delivery, packed=self._packed)
             self.device.queues[index].call_fd = vring.call_fd
             if state.boolean("held"):
                 held.add(index)

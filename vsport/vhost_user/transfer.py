@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any, Protocol
 
 from vsport.device import SerialDevice
@@ -13,8 +12,6 @@ from vsport.vhost_user.edge import Edge
 from vsport.vhost_user.message import DeviceState, Direction
 
 __all__ = ["Owner", "StateTransfer"]
-
-log = logging.getLogger("vsport.vhost_user")
 
 _PHASE_STOPPED = 0
 _NOTHING = "no state was asked for or sent"
@@ -83,7 +80,7 @@ class StateTransfer:
 
     def _done(self, failure: str) -> None:
         if failure:
-            log.warning("state transfer failed: %s", failure)
+            self._device.log.warning("state transfer failed: %s", failure)
         self._failure, self.busy = failure, False
         self._owner.transfer_over()
 

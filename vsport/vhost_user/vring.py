@@ -22,9 +22,9 @@ class Vring:
     size: int = 0
     address: VringAddress | None = None
     base: int = 0
-    """The next available index: set by the front end, or where the ring was stopped."""
+    """Where the next chain is, as in DeviceQueue.next_avail: set by the front end, or where the ring was stopped."""
     rewound: bool = False
-    """Whether the front end has set ``base`` back to 0 on a ring that had got further."""
+    """Whether the front end has set ``base`` back to the beginning on a ring that had got further."""
     kick_fd: int = -1
     call_fd: int = -1
     err_fd: int = -1
@@ -67,7 +67,7 @@ class Vring:
             "live": self.live,
         }
 
-    def take(self, index: int, fields: Fields, delivery: Delivery) -> None:
+    def take(self, index: int, fields: Fields, delivery: Delivery, *, packed: bool) -> None:
         """Becomes what give() described. Raises DocumentError; what was taken until then is in place."""
         self.kick_fd = delivery.take(fields, "kick")
         self.call_fd = delivery.take(fields, "call")
@@ -81,7 +81,7 @@ class Vring:
         self.started = fields.boolean("started")
         self.enabled = fields.boolean("enabled")
         self.live = fields.boolean("live")
-        if self.size & (self.size - 1) or (self.live and not self.wanted):
+        if (self.size & (self.size - 1) and not packed) or (self.live and not self.wanted):
             raise DocumentError(f"{fields.where}: a ring that cannot be as it is described")
 
 
