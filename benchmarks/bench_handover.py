@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from distributions import tell
+from floors import record_ratio
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from daemons import PATIENCE, Conversation, Machine, connect, daemon, descriptors, running, wait_for
@@ -100,10 +100,5 @@ def test_handover(benchmark, tmp_path):
         served.pauses.clear()
         benchmark.pedantic(pair, rounds=HANDOVERS)
         served.talk.check()
-    pauses = served.pauses
-    ratios = [pause / floor for pause, floor in zip(pauses, floors, strict=True)]
-    tell(benchmark.extra_info, "pause", pauses)
-    benchmark.extra_info |= {
-        f"floor, {count} descriptors sent, median (ms)": round(statistics.median(floors), 3),
-        "pause as a multiple of the floor": round(statistics.median(ratios), 1),
-    }
+    tell(benchmark, "pause", served.pauses)
+    record_ratio(benchmark, "pause", served.pauses, floors, against=f"sending {count} descriptors", better="lower")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from distributions import tell
+from floors import Figure, at_most, record, record_distribution
 from kernels import ECHO, PATIENCE, Succession, lab_tree
 
 from vsport.lab import Guest, Tree
@@ -270,12 +271,13 @@ def test_from_resume_to_the_first_answer(benchmark, directory, times):
                     ours.migrate()
 
         benchmark.pedantic(turn, rounds=times(MIGRATIONS))
-    info = benchmark.extra_info
-    tell(info, "QEMU, RESUME to VSERPORT_CHANGE", peer.changed)
-    tell(info, "QEMU, RESUME to the first answer", peer.answered)
+    tell(benchmark, "QEMU, RESUME to VSERPORT_CHANGE", peer.changed)
+    tell(benchmark, "QEMU, RESUME to the first answer", peer.answered)
     ours = {f"handover, {kind} guest": each.answered for kind, each in kernels.items()}
     ours |= {f"simulated guest, on_restore={how}": each.answered for how, each in travels.items()}
     for what, values in ours.items():
-        tell(info, f"{what}, to the first answer", values)
+        tell(benchmark, what, values)
         ratio = statistics.median(values) / statistics.median(peer.answered)
-        info[f"{what}: as a part of QEMU's (at most {GOAL})"] = round(ratio, 3)
+        record(benchmark, Figure(what, ratio, "lower", "QEMU's live migration", goal=at_most(GOAL)))
+    values = {"QEMU's live migration": peer.answered, **ours}
+    record_distribution(benchmark, series="resume to the first answer", label="after a move (ms)", values=values)

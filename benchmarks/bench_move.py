@@ -73,7 +73,7 @@ def test_from_restore_to_back_ends_told(benchmark, tmp_path, ports):
 
     compare(benchmark, restore, read, against="reading it only", rounds=20, work=TIMES * len(state))
     times = timed(lambda: device.restore(Snapshot.decode(state)), ALONE if benchmark.enabled else 1)
-    tell(benchmark.extra_info, f"restore to all back ends told (p99 at most {GOAL_MS:g})", times)
+    tell(benchmark, "restore to all back ends told", times, p99_at_most=GOAL_MS)
     told = {listener.opened for listener in listeners}
     assert len(told) == 1, "every back end is told as often as the others"
     assert told.pop() >= TIMES
@@ -101,4 +101,4 @@ def test_from_a_state_on_its_way_to_back_ends_told(benchmark, tmp_path):
         process.kill()
     if benchmark.enabled:
         times = [seconds * 1e3 for seconds in benchmark.stats.stats.data]
-        tell(benchmark.extra_info, f"load to told (p99 at most {GOAL_MS:g})", times)
+        tell(benchmark, "a state on its way, until told", times, p99_at_most=GOAL_MS)

@@ -1,16 +1,13 @@
-"""What of many measurements is told: their middle, and their worst."""
+"""What of many measurements of a time is told: their middle, and their worst."""
 
-import math
 import statistics
 
-
-def percentile(values, part):
-    """The smallest of the values that a ``part`` of them (0.99 of them) do not exceed."""
-    return sorted(values)[math.ceil(part * len(values)) - 1]
+from floors import Figure, at_most, percentile, record
 
 
-def tell(info, what, values):
+def tell(benchmark, what, values, *, p99_at_most=None):
     """A distribution, in milliseconds."""
-    info[f"{what}, {len(values)} times: median (ms)"] = round(statistics.median(values), 3)
-    info[f"{what}: p99 (ms)"] = round(percentile(values, 0.99), 3)
-    info[f"{what}: max (ms)"] = round(max(values), 3)
+    goal = None if p99_at_most is None else at_most(p99_at_most)
+    record(benchmark, Figure(f"{what}, median of {len(values)}", statistics.median(values), "lower", unit="ms"))
+    record(benchmark, Figure(f"{what}, p99", percentile(values, 0.99), "lower", unit="ms", goal=goal))
+    record(benchmark, Figure(f"{what}, longest", max(values), "lower", unit="ms"))

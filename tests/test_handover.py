@@ -441,7 +441,7 @@ import sys
 from vsport import cli, vm
 parse = vm.parse_configuration
 def parse_more(chardevs, devices):
-    return parse([*chardevs, "null,id=n"], [*devices, "virtconsole,chardev=n"])
+    return parse(chardevs, [*devices, "virtserialport,nr=7"])
 vm.parse_configuration = parse_more
 sys.exit(cli.main(["serve", "--takeover", sys.argv[1]]))
 """
@@ -449,6 +449,7 @@ sys.exit(cli.main(["serve", "--takeover", sys.argv[1]]))
         assert process.wait(PATIENCE) == 1
         said = process.stderr.read().decode()
     assert said.startswith("vsport serve: cannot take over from /")
+    assert "7 is too much" in said
     setting.goes_on()
     setting.ends()
 

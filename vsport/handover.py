@@ -58,6 +58,8 @@ STEP_SECONDS = 5.0
 """How long one side waits for the next word of the other."""
 _TURN_SECONDS = 15.0
 """How long a taker waits for its turn: others may have come before it."""
+_LINGER_SECONDS = 0.1
+"""How long a giver keeps what is not its own any more: with other devices it has something else to do."""
 _ACCEPT_AGAIN_SECONDS = 1.0
 
 _HEADER = struct.Struct("<4sIII")
@@ -593,7 +595,7 @@ def _wait_for_ready(sock: socket.socket, deadline: float) -> None:
 def _wait_for_hangup(sock: socket.socket) -> None:
     """The taker goes on first: giving everything up takes processor time, and both may have to share one."""
     with contextlib.suppress(OSError):
-        sock.settimeout(STEP_SECONDS)
+        sock.settimeout(_LINGER_SECONDS)
         sock.recv(1)
 
 
