@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-OK, ERROR, USAGE, NOT_FOUND, BUSY, TIMEOUT, UNPLUGGED, UNSENT, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 7, 130
+OK, ERROR, USAGE, NOT_FOUND, BUSY, TIMEOUT, UNPLUGGED, UNSENT = 0, 1, 2, 3, 4, 5, 6, 7
 
 EXIT_CODES: dict[type[errors.PortError], int] = {
     errors.PortNotFound: NOT_FOUND,
@@ -104,15 +104,9 @@ def _prepare_process() -> None:
             os.open(os.devnull, os.O_RDWR)  # Takes the lowest free number, which is this one.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Else it is ignored, as under nohup.
-        signal.signal(signal.SIGINT, _interrupted)
-
-
-def _interrupted(number: int, frame: object) -> NoReturn:
-    """Ends at once, with nothing to clean up: no output is buffered, and the kernel closes the port.
-
-    An exception could get lost, since Python drops those of destructors, and pyudev has destructors.
-    """
-    os._exit(INTERRUPTED)
+        # The kernel ends it at once (a shell says 130), and there is nothing to clean up: no output is buffered, and the
+        # port gets closed. A handler of ours would have to wait until Python is back from what it has begun to wait for.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 # The command line

@@ -361,7 +361,7 @@ def test_ctrl_c_is_quiet(world: World, args: list[str]) -> None:
     with world.open(*args, stdin=PIPE) as process:
         line(process.stderr if "-v" in args else process.stdout)
         process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 130
+        assert process.wait(PATIENCE) == -signal.SIGINT
         assert process.stderr
         assert process.stderr.read() == b""
 
