@@ -104,8 +104,8 @@ def _prepare_process() -> None:
             os.open(os.devnull, os.O_RDWR)  # Takes the lowest free number, which is this one.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Else it is ignored, as under nohup.
-        # The kernel ends it at once (a shell says 130), and there is nothing to clean up: no output is buffered, and the
-        # port gets closed. A handler of ours would have to wait until Python is back from what it has begun to wait for.
+        # The kernel ends it at once (a shell says 130), and there is nothing to clean up: no output is buffered, and it
+        # closes the port. A handler of ours would wait until Python is back from what it has begun to wait for.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
