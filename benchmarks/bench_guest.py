@@ -45,8 +45,8 @@ PEER, INLINE = "QEMU's device", "QEMU's device, ioeventfd=off"
 CONTENDERS = {OURS: "ours", PEER: "qemu", INLINE: "inline"}
 """In pictures, and by the name of the port."""
 NULL = "null chardev"
-ROUNDS = 7
-ROUND_TRIPS = 3000
+ROUNDS = 5
+ROUND_TRIPS = 2000
 SIZES = [64, 4096, 32768]
 """Bytes in a write, as the issue has them: more than 32 KiB is split by Linux."""
 
@@ -192,7 +192,7 @@ def uml():
         yield port
 
 
-def count(benchmark, size, seconds=0.7):
+def count(benchmark, size, seconds=0.5):
     """How many writes take about so many seconds; a few where nothing is measured."""
     per_second = 250e6 / (size + 1600)  # as seen once; all that depends on it is how long this takes
     return int(per_second * (seconds if benchmark.enabled else 0.02)) + 1
@@ -250,7 +250,7 @@ def test_round_trip(benchmark, qemu):
 @pytest.mark.parametrize("size", [64, 32768])
 def test_user_mode_linux_to_host(benchmark, uml, size):
     """The host reads as fast as it can, in this process."""
-    writes = count(benchmark, size, seconds=2.0)
+    writes = count(benchmark, size, seconds=1.0)
 
     def ours():
         with reading(uml("ours").path, size * writes):
