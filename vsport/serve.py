@@ -27,7 +27,6 @@ from vsport.loop import Loop
 from vsport.option_table import Option, help_lines
 from vsport.options import DEVICES
 from vsport.template import PLACEHOLDER, Plan, plans
-from vsport.turns import ask_for_short_turns
 from vsport.vm import Vm, tell
 
 __all__ = ["CAPABILITIES", "description", "option_help", "serve"]
@@ -108,7 +107,6 @@ def serve(arguments: argparse.Namespace) -> int:
     _check(arguments)
     wanted = plans([*arguments.vm, *_listed(arguments.vms)], _template(arguments))
     _log_to_stderr(arguments.log_level)
-    ask_for_short_turns()
     with contextlib.closing(Loop(poll_max_ns=_poll_max_ns(arguments.poll_max_ns))) as loop:
         daemon = _Daemon(loop)
         if arguments.takeover is not None:
