@@ -35,6 +35,13 @@ print(json.dumps({name: [turn[name] for turn in turns[1:]] for name in contender
 """
 
 
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch, tmp_path):
+    """As where it is installed: the first, uncounted round compiles modules, and nothing is compiled after that."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path / "bytecode"))
+
+
 def ran(*command):
     subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
 
