@@ -179,7 +179,7 @@ def _add_serve(commands: _Commands[_Parser]) -> None:
         type=int,
         metavar="N",
         help="after traffic look for more for up to N nanoseconds instead of sleeping, while that pays; 0: never; "
-        "default: 100000, or 0 on one processor",
+        "default: 150000, or 0 on one processor",
     )
     serve.add_argument(
         "--log-level",

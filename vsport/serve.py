@@ -47,7 +47,7 @@ _DEVICE_SUMMARIES = {
     "virtio-serial-device": "the same as virtio-serial",
 }
 
-_POLL_MAX_NS = 100_000
+_POLL_MAX_NS = 150_000
 """A guest's answer to a byte takes less; with a spin as long as that the answer's kick wakes nobody."""
 _POLL_LIMIT_NS = 1_000_000_000
 
