@@ -169,6 +169,7 @@ cdef struct Wait:
     int room                    # in sources
     Work *backlog               # has its turn in the next pass
     Work *due                   # to be looked at when it is time
+    bint holds                  # one of them gives the guest time to catch up
     Work *news                  # Python has to look at it
     Work *lingering[LINGERING_MAX]
     int lingerers
@@ -326,6 +327,7 @@ cdef int64_t look_at_due(Wait *p) noexcept nogil:
     cdef Work *w = p.due
     cdef Work *after
     cdef int64_t time, left = FOR_EVER
+    p.holds = False
     if w == NULL:
         return left
     time = now()
@@ -337,6 +339,7 @@ cdef int64_t look_at_due(Wait *p) noexcept nogil:
             is_due(p, w)
         else:
             left = w.due - time if left < 0 else min(left, w.due - time)
+            p.holds |= w.held
             w.next_due = p.due
             p.due = w
         w = after
@@ -491,6 +494,8 @@ cdef int sleep(Wait *p, epoll_event *events, int64_t patience) noexcept nogil:
         return epoll_wait(p.epoll, events, EVENTS_MAX, patience)
     began = now()
     length = p.spin if patience < 0 else min(p.spin, patience)
+    if p.holds:                 # the guest may need this processor to catch up
+        length = 0
     if length:
         count = spin(p, events, began + length)
         if count or p.backlog != NULL or length == patience:
