@@ -494,8 +494,8 @@ cdef int sleep(Wait *p, epoll_event *events, int64_t patience) noexcept nogil:
         return epoll_wait(p.epoll, events, EVENTS_MAX, patience)
     began = now()
     length = p.spin if patience < 0 else min(p.spin, patience)
-    if p.holds:                 # the guest may need this processor to catch up
-        length = 0
+    if p.holds or p.lingerers == 0:
+        length = 0              # the guest may need this processor; and it is kicks that are dear, not who wakes us else
     if length:
         count = spin(p, events, began + length)
         if count or p.backlog != NULL or length == patience:
