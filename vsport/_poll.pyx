@@ -118,7 +118,7 @@ cdef enum:
     KICK_DELAY = 100000
     # Until more is read for a guest that has this many buffers to look at: it gets fuller ones instead.
     FILL_DELAY = 50000
-    UNREAD = 8
+    UNREAD = 2
     # But not if as much as this comes at a time.
     FULL_ENOUGH = 4096
     FOR_EVER = -1
