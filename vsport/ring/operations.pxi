@@ -13,6 +13,8 @@ cdef enum:
     # Looks in a row without a pause, and between two looks at the clock.
     LOOKS_AT_ONCE = 256
     LOOKS_A_TIME = 64
+    # Chains that are returned unread before the driver is shown them: while it works on these we work on the next ones.
+    DISCARD_TOGETHER = 16
 
 
 cdef uint64_t now_ns() noexcept nogil:
@@ -232,7 +234,7 @@ cdef uint64_t ring_discard(Ring *r, uint64_t linger) noexcept nogil:
     take_heart(&patience, linger)
     while b.walked <= WALK_LIMIT:
         begin(r, &b)
-        if not gather(r, &b, False, UINT64_MAX, 0, BATCH_CHAINS):
+        if not gather(r, &b, False, UINT64_MAX, 0, DISCARD_TOGETHER):
             if not chain_comes(r, &b, &patience):
                 break
             continue
