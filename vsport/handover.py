@@ -32,9 +32,9 @@ import gc
 import json
 import logging
 import os
-import resource
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ from vsport.addresses import UnixAddress
 from vsport.document import DocumentError, Fields
 from vsport.errors import HostError, VsportError
 from vsport.host import Host
+from vsport.limits import raise_descriptor_limit
 from vsport.loop import READ, WRITE, Loop, Timer
 from vsport.parcel import Delivery, Parcel
 from vsport.snapshot import Snapshot
@@ -320,13 +321,6 @@ def _undisturbed() -> Iterator[None]:
             gc.enable()
 
 
-def _raise_limit() -> None:
-    """A device may have more descriptors than a process has by default. How large their numbers are, nobody minds."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
 def _reason(exc: BaseException) -> str:
     """What went wrong, as a part of a line."""
     if isinstance(exc, TimeoutError):
@@ -501,7 +495,7 @@ class _Dialogue:
 
     def _prepared(self, fields: Fields) -> None:
         fields.end()
-        _raise_limit()  # as many descriptors may be under way
+        raise_descriptor_limit(sys.maxsize)  # as many descriptors may be under way
         self._next = ("arranged", self._arranged)
         self._draft()
 
@@ -682,7 +676,7 @@ class Takeover:
 
     def take(self, cargo: Cargo, on_taken: Callable[[], None]) -> Offer:
         """The device pauses there, and ``cargo`` becomes it, suspended. Returns the giver's offer, not started yet."""
-        _raise_limit()
+        raise_descriptor_limit(sys.maxsize)
         draft = _Draft(cargo, on_taken)
         self.if_it_fails(draft.release)
         self._say("prepared")
