@@ -54,7 +54,8 @@ class Loop:
     def __init__(self, *, poll_max_ns: int = 0) -> None:
         self._poller = Poller()
         self._poller.spin_max = poll_max_ns
-        self._watched: dict[int, tuple[Callable[[int], None]]] = {}
+        self._watched: dict[int, tuple[Any, ...]] = {}
+        """By descriptor: what is called, and with which arguments before the events."""
         self._timers: list[tuple[float, int, Timer]] = []
         self._sweep_at = _FEW_TIMERS
         self._order = itertools.count()
@@ -76,10 +77,10 @@ class Loop:
         self._poller.watch(fd, events)
         self._watched[fd] = (callback,)
 
-    def watch_kick(self, fd: int, queue: DeviceQueue, callback: Callable[[int], None]) -> None:
-        """As watch() for reading the kicks of ``queue``; those that a flow of it sees to are not called back."""
+    def watch_kick(self, fd: int, queue: DeviceQueue, callback: Callable[[int, int, int], None]) -> None:
+        """Calls ``callback(queue.index, fd, ready)`` for kicks of ``queue`` that no flow of it sees to by itself."""
         self._poller.watch_kick(fd, queue)
-        self._watched[fd] = (callback,)
+        self._watched[fd] = (callback, queue.index, fd)
 
     def unwatch(self, fd: int) -> None:
         """Forgets ``fd``, and what flows through it; call it before closing the descriptor. Unknown ones are fine."""
@@ -180,7 +181,7 @@ class Loop:
         # became ready is not called.
         for fd, events, watched in [(fd, events, self._watched.get(fd)) for fd, events in ready]:
             if watched is not None and self._watched.get(fd) is watched:
-                watched[0](events)
+                watched[0](*watched[1:], events)
         for flow in flows:
             if flow.callback is not None:  # or an earlier one has closed it
                 flow.callback()

@@ -268,6 +268,7 @@ class Connection:
         self._channel: Channel | None = None
         self._transfer: StateReader | StateWriter | None = None
         self._replies = 0
+        self._on_kick = self._kicked  # one for all queues, of which a device may have many
         self._polled: set[int] = set()
         self._poll_timer: Timer | None = None
         self._log_timer: Timer | None = None
@@ -462,7 +463,7 @@ class Connection:
     def watch_kick(self, index: int, fd: int) -> None:
         self.make_nonblocking(fd)
         try:
-            self.loop.watch_kick(fd, self.session.device.queues[index], functools.partial(self._kicked, index, fd))
+            self.loop.watch_kick(fd, self.session.device.queues[index], self._on_kick)
         except OSError as exc:
             raise FrontEndError("R-VU-21", f"cannot wait for kicks on this descriptor: {exc.strerror}") from exc
 
