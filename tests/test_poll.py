@@ -562,3 +562,18 @@ def test_memory_that_is_truncated_is_news(tmp_path: Any) -> None:
         assert rig.poller.poll(0) == ([], [rig.flow])
         with pytest.raises(FrontEndError, match="guest memory was truncated"):
             rig.flow.result()
+
+
+def test_what_cannot_be_watched_is_no_burden_for_who_gets_its_number_next(tmp_path: Any) -> None:
+    poller = Poller()
+    number = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(PermissionError):
+            poller.watch(number, READ)
+        os.dup2(ours.fileno(), number)
+        poller.watch(number, READ)
+        theirs.send(b"x")
+        assert poller.poll(0) == ([(number, READ)], [])
+        poller.unwatch(number)
+        os.close(number)

@@ -632,6 +632,8 @@ cdef class Poller:
             self.settled(s)
         except OSError:
             s.asked = False
+            if s.drain == NULL and s.fill == NULL:
+                self.unwatch(fd)                    # its number may be another one's next time
             raise
 
     def watch_kick(self, fd: int, queue: DeviceQueue) -> None:
