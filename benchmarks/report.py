@@ -22,7 +22,7 @@ from floors import OURS, Figure, Goal
 
 BEGIN, END = "<!-- goals: begin -->", "<!-- goals: end -->"
 COLUMNS = ("benchmark", "what", "against", "ratio", "half of turns", "goal", "met")
-COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a")
+COLOURS = ("#d95f02", "#7570b3", "#1b9e77", "#e7298a", "#e6ab02", "#666666")
 """For peers and floors, in order of appearance; legible for the colour-blind."""
 OUR_COLOUR = "#1f4e9c"
 
@@ -169,6 +169,7 @@ def draw_lines(points: Sequence[Mapping[str, Any]], x_label: str, y_label: str):
         ticks = sorted({point["x"] for point in points})
         axes.set_xscale("symlog" if ticks[0] == 0 else "log", base=2, **({"linthresh": 1} if ticks[0] == 0 else {}))
         axes.set_xticks(ticks, [_short(tick) for tick in ticks])
+        axes.tick_params(labelbottom=True)  # also where another panel of the row has one below it
         axes.minorticks_off()
     _scale_y(all_axes[0], [value for point in points for value in point["y"].values()])
     for axes in all_axes[::2]:
@@ -211,7 +212,7 @@ def _dress(axes, title: str, x_label: str) -> None:
     axes.set_title("\n".join(wrap(title, 40)))
     axes.set_xlabel(x_label)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=True, framealpha=0.8, edgecolor="none", fontsize="small")
 
 
 def _short(number: float) -> str:
