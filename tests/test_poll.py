@@ -29,14 +29,16 @@ READ, WRITE, HUP, RDHUP = select.EPOLLIN, select.EPOLLOUT, select.EPOLLHUP, sele
 class Rig(contextlib.ExitStack):
     """One queue with its driver, its kick and call descriptors, a flow, and the socket that the flow is about."""
 
-    def __init__(self, poller: Poller | None = None, *, fills: bool = False, event_idx: bool = True) -> None:
+    def __init__(
+        self, poller: Poller | None = None, *, fills: bool = False, event_idx: bool = True, packed: bool = False
+    ) -> None:
         super().__init__()
         self.poller = Poller() if poller is None else poller
         self.memory = Memory([Region(0, 16 << 20, 0, mmap.mmap(-1, 16 << 20), 0)])
-        self.driver = DriverQueue(self.memory, 0, SIZE, event_idx=event_idx)
+        self.options = {"event_idx": event_idx, "packed": packed}
+        self.driver = DriverQueue(self.memory, 0, SIZE, **self.options)
         self.queue = DeviceQueue(0)
         self.kick_fd, self.call_fd = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
-        self.event_idx = event_idx
         self.start_queue()
         self.queue.call_fd = self.call_fd
         self.ours, self.host = socket.socketpair()
@@ -51,7 +53,7 @@ class Rig(contextlib.ExitStack):
     def start_queue(self) -> None:
         rings = self.driver.desc, self.driver.avail, self.driver.used
         base = self.queue.next_avail
-        self.queue.start(self.memory, SIZE, *rings, base=base, event_idx=self.event_idx, reset=False)
+        self.queue.start(self.memory, SIZE, *rings, base=base, reset=False, **self.options)
 
     def __exit__(self, *details: Any) -> None:
         self.flow.close()
@@ -116,9 +118,14 @@ class Rig(contextlib.ExitStack):
             return b""
 
 
+@pytest.fixture(params=[False, True], ids=["split", "packed"])
+def packed(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
 @pytest.fixture
-def drain() -> Iterator[Rig]:
-    with Rig() as rig:
+def drain(packed: bool) -> Iterator[Rig]:
+    with Rig(packed=packed) as rig:
         rig.look()
         rig.queue.notify()  # every start ends in an interrupt
         rig.called()
@@ -126,8 +133,8 @@ def drain() -> Iterator[Rig]:
 
 
 @pytest.fixture
-def fill() -> Iterator[Rig]:
-    with Rig(fills=True) as rig:
+def fill(packed: bool) -> Iterator[Rig]:
+    with Rig(fills=True, packed=packed) as rig:
         rig.look()
         rig.queue.notify()
         rig.called()
@@ -297,7 +304,7 @@ def test_a_kick_for_buffers_is_wanted_when_there_are_many_again(fill: Rig) -> No
     assert len(fill.collect()) == SIZE
     kicks = [fill.give(16) for _ in range(SIZE // 2)]
     assert sum(kicks) == 1
-    assert kicks.index(True) == SIZE // 4 - 1
+    assert 0 < kicks.index(True) < SIZE // 4  # of as many as were seen at once
 
 
 def test_a_driver_that_gives_back_fewer_buffers_than_before_is_not_forgotten(fill: Rig) -> None:
@@ -308,7 +315,7 @@ def test_a_driver_that_gives_back_fewer_buffers_than_before_is_not_forgotten(fil
     assert len(fill.collect()) == SIZE
     fill.host.send(b"more")
     if not fill.give(16):
-        fill.until(lambda: fill.queue.used_idx == SIZE + 1)
+        fill.until(lambda: fill.queue.chains == SIZE + 1)
     assert fill.poller.poll(0) == ([], [])
     assert fill.collect() == [4]
 
@@ -316,6 +323,7 @@ def test_a_driver_that_gives_back_fewer_buffers_than_before_is_not_forgotten(fil
 def test_a_guest_that_is_behind_gets_fuller_buffers(fill: Rig) -> None:
     fill.start()
     fill.give(4096, SIZE - 1)
+    fill.driver.calls_on()  # which says how far it has looked
     for number in range(20):
         fill.host.send(b"%02d" % number)
         assert fill.look() == ([], [])
