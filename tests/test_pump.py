@@ -417,6 +417,21 @@ def test_what_a_paused_guest_wrote_to_an_unplugged_port_is_not_for_the_next(join
         assert world.receive(new, 9) == b"new words"
 
 
+def test_a_host_that_waits_for_a_paused_guest_costs_nothing(joined):
+    world, port, host = joined
+    port.close()
+    world.guest.attachment.pause()
+    host.close()
+    world.wait(lambda: not world.device.ports[1].state.host_connected)
+    with unix_client(world.path):
+        world.loop.run_until(lambda: False, SETTLE_SECONDS)
+        before = world.loop._poller.sleeps
+        world.loop.run_until(lambda: False, 10 * SETTLE_SECONDS)
+        assert world.loop._poller.sleeps - before <= 1
+        world.guest.attachment.resume()
+        host_is(world, port, True)
+
+
 def test_a_paused_guest_has_time_to_see_that_its_host_left(joined):
     """The host left and another came during the pause: that is two messages, and time between them."""
     world, port, host = joined

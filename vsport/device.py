@@ -276,6 +276,7 @@ class SerialDevice:
         for port in self._in_order():
             port.added = port.stale = False
             port.feed(Cause.RESET)
+            port.back_end.guest_told()
 
     # -- moving ------------------------------------------------------------------------------------------------------
 
@@ -367,9 +368,11 @@ class SerialDevice:
 
     def _flush(self) -> None:
         queue = self.queues[QUEUE_CONTROL_RX]
+        heard_of: set[int] = set()
         try:
             while (message := self._outbox.peek()) is not None and queue.push(message.encode()):
                 self._outbox.sent()
+                heard_of.add(message.port)
                 self.log.debug("to guest: %s", message)
             # Asking for the kick comes after the failed push, so a buffer that came in between is seen here.
             if queue.kicks_on() and len(self._outbox):
@@ -378,6 +381,9 @@ class SerialDevice:
                 self.on_call(QUEUE_CONTROL_RX)
         except (GuestError, FrontEndError) as exc:
             self.fault(QUEUE_CONTROL_RX, exc)
+        for id in sorted(heard_of & self.ports.keys()):
+            if not self._outbox.has_for(id):
+                self.ports[id].back_end.guest_told()
 
     def _hear(self) -> None:
         """Takes what the driver says, at once and whatever it is: Linux spins until it is taken (R-CON-47)."""

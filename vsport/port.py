@@ -46,6 +46,9 @@ class BackEnd:
         """The guest's end is open or closed, and why it is said now: it happened (GUEST_OPEN, GUEST_CLOSE, RESET,
         UNPLUG), or it has been so since before this back end was made (RESTORE, HANDOVER)."""
 
+    def guest_told(self) -> None:
+        """The guest has taken all that there was to say about the port, or has forgotten everything (RESET)."""
+
     def halt(self) -> None:
         """The port is unplugged: nothing of its rings may be touched any more."""
 

@@ -52,7 +52,10 @@ class PortPump(BackEnd):
         self._last_words_wait = False
         self._turns: set[int] = set()
         self._left_at = -SETTLE_SECONDS
-        self._was_untold = False
+        self._leave_untold = False
+        """Whether the guest has yet to hear that a host left, e.g. because it is paused."""
+        self._knocking = False
+        """Whether the next host waits for that."""
         self._settling: Timer | None = None
 
     def open(self) -> None:
@@ -74,10 +77,9 @@ class PortPump(BackEnd):
 
         A guest that is paused sees nothing: its time begins when it takes what it is told (R-CON-36).
         """
-        untold = self.port.untold
-        if untold or self._was_untold:  # when it was told in between, nobody knows
-            self._left_at = time.monotonic()
-        self._was_untold = untold
+        if self._leave_untold:
+            self._knocking = True
+            return
         patience = self._left_at + SETTLE_SECONDS - time.monotonic()
         if patience > 0:
             self._settling = self.loop.call_later(patience, self.host_connected)
@@ -94,8 +96,10 @@ class PortPump(BackEnd):
         self._forget_peer()
         self._left_at = time.monotonic()
         self.port.feed(Cause.HOST_DISCONNECT)
+        self._leave_untold = self.port.untold
 
     def _forget_peer(self) -> None:
+        self._knocking = False
         if self._settling is not None:
             self._settling.cancel()
             self._settling = None
@@ -130,6 +134,16 @@ class PortPump(BackEnd):
         self._input.wake()
         self._watch()
 
+    def guest_told(self) -> None:
+        """The guest has heard of everything; if that a host left was part of it, its time to see it begins now."""
+        if not self._leave_untold:
+            return
+        self._leave_untold = False
+        self._left_at = time.monotonic()
+        if self._knocking:
+            self._knocking = False
+            self.host_connected()
+
     def halt(self) -> None:
         """The port is no more: what is in its rings is for nobody."""
         self._output.stop()
@@ -159,6 +173,7 @@ class PortPump(BackEnd):
         """The guest was moved, and hears now that its host of before is gone: ours is another session."""
         self._forget_peer()
         self._left_at = time.monotonic()
+        self._leave_untold = self.port.untold
         self.host_connected()
 
     def save(self) -> bytes:

@@ -232,7 +232,7 @@ def test_each_leave_and_return_of_the_host_is_seen(world):
             assert next_event() == "host_left"
         assert world.served.call(lambda host: host.device.waiting_messages) == 0
         said.send_signal(2)
-        assert said.wait(PATIENCE) == 130
+        assert said.wait(PATIENCE) == -2
     world.wait_for_state(1, State.B)
 
 
