@@ -585,3 +585,21 @@ def test_what_cannot_be_watched_is_no_burden_for_who_gets_its_number_next(tmp_pa
         assert poller.poll(0) == ([(number, READ)], [])
         poller.unwatch(number)
         os.close(number)
+
+
+def test_a_queue_that_stops_while_a_call_is_owed_calls_after_its_next_start(drain: Rig) -> None:
+    drain.start()
+    drain.send(b"1")
+    drain.look()
+    drain.queue.stop()
+    deadline = time.monotonic() + 0.01
+    while time.monotonic() < deadline:
+        assert drain.poller.poll(0.001) == ([], [])
+    assert not drain.called()
+    drain.start_queue()
+    drain.start()
+    for number in range(3):
+        drain.send(b"%d" % number)
+        drain.look()
+        drain.until(drain.called)
+        drain.collect()

@@ -349,12 +349,14 @@ cdef int64_t look_at_due(Wait *p) noexcept nogil:
 cdef void is_due(Wait *p, Work *w) noexcept nogil:
     """The driver is called, or the descriptor or the ring looked at, after all."""
     if not w.ring.running or w.run != w.ring.starts:
+        w.owes_call = w.held = False                # with another start comes another call (R-RING-23)
         return
     if w.owes_call and ring_fetched(w.ring, w.owed_until) and w.owed_until != w.ring.used_idx:
         put_off_call(p, w)      # it is for younger chains only
     elif w.owes_call:
         w.owes_call = False
-        ring_notify(w.ring)
+        if w.ring.call_fd >= 0:
+            ring_notify(w.ring)
     if w.held or (w.fills and w.waiting and ring_kicks_on(w.ring)):
         w.held = w.waiting = False
         put_off(p, w)
@@ -787,7 +789,7 @@ cdef class Flow:
         else:
             s.drain = &self.w
         if not may_move(&self.w):
-            self.w.waiting = self.w.held = False
+            self.w.waiting = self.w.held = self.w.owes_call = False
         self.w.log_fd = log_fd
         self.w.tells_blocked = tells_blocked
         self.w.allowed = True
