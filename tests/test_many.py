@@ -239,6 +239,7 @@ def test_a_full_disk_is_one_machines(place):
 
 def test_a_guest_that_breaks_its_ring_breaks_nobody_elses(place):
     with place.serving(NAMES) as process, place.conversation("web1") as talk, Machine(place.vm("web2")) as broken:
+        broken.until(lambda: any(port.name for port in broken.guest.ports.values()))  # it has no more to say
         ring = broken.front_end.rings[3]
         broken.memory.memory.write(ring.driver.avail + 2, b"\xff\x7f")  # more chains than the ring has
         ring.kick()
