@@ -19,8 +19,9 @@ class Poller:
     spin_max: int
     """For how many nanoseconds a wait may look instead of sleep at most, while that pays; 0, the default: never.
 
-    It does after a wait that was no longer than that, so it costs at most as much as it has just proved to be worth,
-    and an idle poller sleeps. Raises ValueError for a negative time.
+    It does after a wait that was no longer than that, and while a ring that was drained lingers with its kicks off. So
+    it costs at most as much as it has just proved to be worth, and an idle poller sleeps. Raises ValueError for a
+    negative time.
     """
     @property
     def sleeps(self) -> int:

@@ -47,7 +47,8 @@ class Timer:
 class Loop:
     """Waits for what was asked for and calls back, all in the thread that calls run().
 
-    After a wait of less than ``poll_max_ns`` nanoseconds the next one looks for so long before it sleeps (0: never).
+    After a wait of less than ``poll_max_ns`` nanoseconds, and if a guest has sent something, the next one looks for so
+    long before it sleeps (0: never).
     An exception of a callback ends the round and passes through run(); nothing that is due gets lost by it.
     """
 
